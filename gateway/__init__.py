@@ -1,0 +1,1 @@
+"""What every program must mean the same by: names, settings, errors, telemetry."""

@@ -1,0 +1,84 @@
+"""Every header, metadata key, cluster and resource name that two programs must agree on.
+
+A name is written once, here. A test fails on an ``x-router-`` literal anywhere else.
+"""
+
+from __future__ import annotations
+
+from typing import Final
+
+# --- Request headers, set by ext_proc and read by Envoy's routes; client-sent ones are stripped.
+INTERNAL_HEADER_PREFIX: Final = "x-router-"
+HEADER_ORGANIZATION: Final = "x-router-org"
+HEADER_MODEL: Final = "x-router-model"
+HEADER_VARIANT: Final = "x-router-variant"
+"""Present only when an allow or deny list leaves this key a subset of the model's backends."""
+HEADER_MODEL_SPAN: Final = "x-router-model-span"
+"""``<offset>:<length>`` in bytes of the JSON string that is the body's ``model`` value."""
+HEADER_BACKEND: Final = "x-router-backend"
+"""Set on the internal hop by a ``be_`` cluster: which backend this attempt goes to."""
+HEADER_FAULT: Final = "x-router-fault"
+"""Set on the internal hop when Envoy itself answered for a backend."""
+
+HEADER_API_KEY: Final = "x-api-key"
+HEADER_AUTHORIZATION: Final = "authorization"
+HEADER_SIGNATURE: Final = "x-hmac-signature"
+HEADER_REQUEST_ID: Final = "x-request-id"
+
+# --- Response headers a client can rely on.
+HEADER_ROUTING_BACKEND: Final = "x-routing-backend"
+HEADER_ROUTING_DECISION: Final = "x-routing-decision"
+HEADER_OVERHEAD_MS: Final = "x-router-overhead-ms"
+HEADER_WARNING: Final = "warning"
+
+# --- Dynamic metadata written by ext_proc, read by Lua, response headers and the access log.
+METADATA_NAMESPACE: Final = "router"
+METADATA_STRIP_USAGE: Final = "strip_usage"
+METADATA_STREAM: Final = "stream"
+METADATA_ORGANIZATION: Final = "organization_id"
+METADATA_KEY: Final = "api_key_id"
+METADATA_MODEL: Final = "model"
+USAGE_NAMESPACE: Final = "router.usage"
+"""Dynamic metadata that json_to_metadata and sse_to_metadata fill with token counts."""
+
+CLUSTER_METADATA_BACKEND_ID: Final = "backend_id"
+
+# --- Envoy resources.
+LISTENER_PUBLIC: Final = "public"
+LISTENER_BACKENDS: Final = "backends"
+"""The internal listener: one route per backend, entered through its ``be_`` cluster."""
+ROUTE_CONFIG_BACKENDS: Final = "backends"
+CLUSTER_XDS: Final = "router_xds"
+CLUSTER_EXTPROC: Final = "router_extproc"
+CLUSTER_TRACING: Final = "router_tracing"
+CLUSTER_UNROUTED: Final = "router_unrouted"
+"""Has no endpoints: where a request points before ext_proc has chosen its model."""
+SCOPE_UNROUTED: Final = "-"
+"""Value of the model header, and so the route scope, before ext_proc has decided."""
+EXTPROC_SERVICE: Final = "envoy.service.ext_proc.v3.ExternalProcessor"
+NODE_ID: Final = "api-router"
+
+
+def entry_cluster(backend_id: str) -> str:
+    """Cluster that a model's route weighs: a hop through the internal listener to one backend."""
+    return f"be_{backend_id}"
+
+
+def backend_cluster(backend_id: str) -> str:
+    """Cluster that holds a backend's real endpoints, health checks and ejection."""
+    return f"bk_{backend_id}"
+
+
+def credential_secret(backend_id: str) -> str:
+    """SDS secret with a backend's provider credential."""
+    return f"credential/{backend_id}"
+
+
+def model_routes(model: str) -> str:
+    """RouteConfiguration and scope of one model."""
+    return f"model/{model}"
+
+
+def variant(backend_ids: frozenset[str]) -> str:
+    """Value of the variant header for a subset of backends, the same in every program."""
+    return ",".join(sorted(backend_ids))

@@ -1,0 +1,124 @@
+"""Settings of the programs: environment over the YAML file named by ROUTER_CONFIG, over defaults.
+
+Each program reads its own frozen class once, in ``__main__``. A variable is the field's name in upper
+case. Sockets are relative to RUN_DIR, which is also Envoy's working directory.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Annotated, Literal, TypeVar
+
+from pydantic import Field, ValidationError
+from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict, YamlConfigSettingsSource
+
+VERSION = "0.1.0"
+
+Port = Annotated[int, Field(ge=1, le=65535)]
+
+XDS_SOCKET = "xds.sock"
+VALKEY_SOCKET = "valkey.sock"
+LAST_GOOD_FILE = "last-good-policies.json"
+
+
+class SettingsError(Exception):
+    """Settings that cannot be used; the text names each variable at fault, one a line."""
+
+
+class CommonSettings(BaseSettings):
+    """What every program reads."""
+
+    model_config = SettingsConfigDict(frozen=True, extra="ignore", env_ignore_empty=True)
+
+    service_name: str = "api-router-service"
+    environment: Literal["development", "staging", "production"] = "development"
+    log_level: Literal["debug", "info", "warning", "error"] = "info"
+    log_format: Literal["json", "console"] = "json"
+    run_dir: Path = Path(".run")
+    """Unix sockets and pid files; short, because a socket path holds 107 bytes."""
+    state_dir: Path | None = None
+    """What survives a restart: the last good policy. Default: RUN_DIR."""
+    policy_dir: Path = Path("policies")
+    backend_endpoints: str = ""
+    """``id1:uri1,id2:uri2``: adds to or overrides the backends of the policy files."""
+    extproc_workers: Annotated[int, Field(ge=1, le=64)] = os.cpu_count() or 1
+    inference_payload_max_bytes: Annotated[int, Field(ge=1)] = 65_536
+    body_max_bytes: Annotated[int, Field(ge=1024)] = 8 * 1024 * 1024
+    otel_exporter_otlp_endpoint: str = ""
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        """Environment first, then the file that ROUTER_CONFIG names."""
+        sources: list[PydanticBaseSettingsSource] = [init_settings, env_settings]
+        config = os.environ.get("ROUTER_CONFIG")
+        if config:
+            if not Path(config).is_file():
+                raise SettingsError(f"ROUTER_CONFIG: {config} is not a file")
+            sources.append(YamlConfigSettingsSource(settings_cls, yaml_file=config))
+        return tuple(sources)
+
+    @property
+    def state_path(self) -> Path:
+        """Directory for what survives a restart."""
+        return self.state_dir or self.run_dir
+
+    def worker_socket(self, worker: int) -> str:
+        """File name in RUN_DIR of one ext_proc worker's socket."""
+        return f"extproc-{worker}.sock"
+
+
+class ExtprocSettings(CommonSettings):
+    """``python -m extproc``."""
+
+    redis_addr: str = ""
+    """``host:port``, ``redis://…``, ``rediss://…`` or ``unix:///path``; empty: no Redis key store."""
+    key_file: Path | None = None
+    """YAML file of hashed keys, as ``router keys create --file`` writes it."""
+    user_org_service_url: str = ""
+    user_org_timeout_s: Annotated[float, Field(gt=0, le=30)] = 2.0
+    key_cache_ttl_s: Annotated[float, Field(ge=0)] = 60.0
+    key_cache_negative_ttl_s: Annotated[float, Field(ge=0)] = 5.0
+    key_cache_size: Annotated[int, Field(ge=1)] = 100_000
+    envoy_admin_address: str = "127.0.0.1:9901"
+    admin_port: Port = 8081
+    xds_admin_address: str = ""
+    """``host:port`` of xds' admin API; default: loopback on ADMIN_PORT."""
+    extproc_metrics_port: Port = 9102
+    drain_timeout_s: Annotated[float, Field(ge=0)] = 10.0
+
+
+class XdsSettings(CommonSettings):
+    """``python -m xds``."""
+
+    http_host: str = "0.0.0.0"
+    http_port: Port = 8080
+    admin_host: str = "127.0.0.1"
+    admin_port: Port = 8081
+    xds_grpc_address: str = ""
+    """gRPC address of ADS besides the unix socket, such as ``0.0.0.0:18000``; empty: the socket only."""
+    upstream_ca_file: str = ""
+    """PEM bundle on Envoy's machine that https backends are checked against; empty: the system's."""
+
+
+S = TypeVar("S", bound=CommonSettings)
+
+
+def read(settings: type[S]) -> S:
+    """Settings of a program from the environment and the ROUTER_CONFIG file.
+
+    Raises:
+        SettingsError: a value has the wrong form; names every variable at fault.
+    """
+    try:
+        return settings()
+    except ValidationError as error:
+        lines = (f"{'_'.join(map(str, e['loc'])).upper()}: {e['msg']} (got {e['input']!r})" for e in error.errors())
+        raise SettingsError("\n".join(lines)) from error

@@ -1,0 +1,1 @@
+"""Routing policy: the YAML operators write and the pure model of it."""
