@@ -1,0 +1,1 @@
+"""Mock backends for development and tests: real servers that fail on demand."""

@@ -1,0 +1,1 @@
+"""POLICY -> ENVOY: the control plane that turns routing policy into Envoy resources."""

@@ -1,0 +1,1 @@
+"""Envoy resources, one file for each kind; pure functions of a policy."""
