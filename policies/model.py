@@ -40,6 +40,14 @@ class Problem:
         return f"{self.place}: {self.text}"
 
 
+class PolicyRejected(Exception):
+    """A policy that cannot be put in force; ``problems`` is never empty and in the order of the files."""
+
+    def __init__(self, problems: tuple[Problem, ...]) -> None:
+        super().__init__("\n".join(map(str, problems)))
+        self.problems = problems
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BackendUri:
     """Where a backend listens. ``path_prefix`` is '' or starts with '/' and does not end with one."""
@@ -163,6 +171,41 @@ class KillSwitch:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Budget:
+    """What may be spent in one period; at least one of the two limits is set."""
+
+    period: Literal["DAILY", "MONTHLY"]
+    limit_micro_usd: int | None = None
+    limit_tokens: int | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LimitPolicy:
+    """Limits of one key, one organisation or all; None: the next wider one applies.
+
+    ``clamp_output`` cuts the asked-for output to what is left; ``on_store_error`` says what holds while the
+    limit store is down.
+    """
+
+    requests_per_second: int | None = None
+    burst: int | None = None
+    tokens_per_minute: int | None = None
+    max_parallel: int | None = None
+    budgets: tuple[Budget, ...] | None = None
+    clamp_output: bool | None = None
+    on_store_error: Literal["local", "deny", "allow"] | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Limits:
+    """The ``limits`` section: pairs are sorted by id and no id occurs twice."""
+
+    default: LimitPolicy = LimitPolicy()
+    organizations: tuple[tuple[OrganizationId, LimitPolicy], ...] = ()
+    keys: tuple[tuple[KeyId, LimitPolicy], ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Policy:
     """Everything a policy directory says. ``digest`` names its content (hex SHA-256 of the files)."""
 
@@ -171,4 +214,5 @@ class Policy:
     models: tuple[ModelPolicy, ...]
     organization_overrides: tuple[OrganizationOverride, ...] = ()
     kill_switches: tuple[KillSwitch, ...] = ()
+    limits: Limits = Limits()
     digest: str = ""

@@ -1,0 +1,314 @@
+"""Marked nodes of policy files to a :class:`Policy`. Pure; never raises, never stops at the first problem.
+
+Where a value is wrong a stand-in takes its place, so that the rest can still be looked at: the policy
+of a parse with problems is for finding more of them, not for use.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Literal, TypeVar
+
+from policies.model import (
+    ANY,
+    Backend,
+    BackendId,
+    BackendUri,
+    Budget,
+    Credential,
+    DefaultPolicy,
+    HealthCheck,
+    KeyId,
+    KillSwitch,
+    LimitPolicy,
+    Limits,
+    ModelName,
+    ModelPolicy,
+    OrganizationId,
+    OrganizationOverride,
+    Place,
+    Policy,
+    Price,
+    Problem,
+    WeightedBackend,
+)
+from policies.nodes import Cursor, Fields, Node, Read, Scalar, attempt, each, fields_of, is_null, pairs
+from policies.scalars import (
+    boolean,
+    choice,
+    duration_or_zero_s,
+    duration_s,
+    env_name,
+    header_name,
+    header_prefix,
+    integer,
+    micro_usd,
+    name,
+    request_path,
+    text,
+    uri,
+)
+
+T = TypeVar("T")
+
+WEIGHT_MAX = 1_000_000
+COUNT_MAX = 10**15
+
+_ABSENT_URI = BackendUri(scheme="http", host="absent.invalid", port=80, path_prefix="")
+_DEFAULT_POLICY = DefaultPolicy()
+_DEFAULT_BACKEND = Backend(id=BackendId(""), uri=_ABSENT_URI, place=Place(file="", line=0))
+_DEFAULT_HEALTH_CHECK = HealthCheck(path="/")
+_DEFAULT_CREDENTIAL = Credential()
+_NO_NAMES: tuple[str, ...] = ()
+_NO_LIMITS: tuple[tuple[str, LimitPolicy], ...] = ()
+_PERIOD: Read[Literal["DAILY", "MONTHLY"]] = choice("DAILY", "MONTHLY")
+_ON_STORE_ERROR: Read[Literal["local", "deny", "allow"]] = choice("local", "deny", "allow")
+_BACKEND_FIELDS = frozenset(
+    {"id", "uri", "model_variant", "timeout", "health_check", "credential", "price", "labels", "reports_usage"}
+)
+_LIMIT_FIELDS = frozenset(
+    {
+        "requests_per_second",
+        "burst",
+        "tokens_per_minute",
+        "max_parallel",
+        "budgets",
+        "clamp_output",
+        "on_store_error",
+    }
+)
+_LIST_SECTIONS = frozenset({"backends", "models", "organization_overrides", "kill_switches"})
+_SINGLE_SECTIONS = frozenset({"default_policy", "limits"})
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Parsed:
+    """What could be read, and what could not."""
+
+    policy: Policy
+    problems: tuple[Problem, ...]
+
+
+def parse(roots: Iterable[Node], *, digest: str = "") -> Parsed:
+    """Read the root nodes of all files: lists concatenate, other sections may be in one file only."""
+    problems: list[Problem] = []
+    sections = _sections(Cursor(node=root, path="", problems=problems) for root in roots)
+    policy = Policy(
+        backends=_listed(sections["backends"], _backend),
+        default_policy=_single(sections["default_policy"], _default_policy, _DEFAULT_POLICY),
+        models=_listed(sections["models"], _model),
+        organization_overrides=_listed(sections["organization_overrides"], _override),
+        kill_switches=_listed(sections["kill_switches"], _kill_switch),
+        limits=_single(sections["limits"], _limits, Limits()),
+        digest=digest,
+    )
+    return Parsed(policy=policy, problems=tuple(problems))
+
+
+def parse_endpoints(written: str, *, file: str) -> tuple[tuple[Backend, ...], tuple[Problem, ...]]:
+    """Backends of ``id1:uri1,id2:uri2``, every other field at its default."""
+    problems: list[Problem] = []
+    backends: dict[str, Backend] = {}
+    for i, item in enumerate(written.split(",") if written.strip() else ()):
+        backend_id, colon, written_uri = item.strip().partition(":")
+        node = Scalar(text=written_uri, quoted=True, place=Place(file=file, line=1))
+        at = Cursor(node=node, path=f"[{i}]", problems=problems)
+        if not colon or not backend_id:
+            at.fail("expected id:uri")
+        elif backend_id in backends:
+            at.fail(f"duplicate backend id {backend_id!r}")
+        else:
+            backends[backend_id] = Backend(id=BackendId(backend_id), uri=attempt(at, uri, _ABSENT_URI), place=at.place)
+    return tuple(backends.values()), tuple(problems)
+
+
+def _sections(files: Iterable[Cursor]) -> dict[str, list[Cursor]]:
+    """Where each section occurs. An empty file or section says nothing."""
+    sections: dict[str, list[Cursor]] = {name: [] for name in _LIST_SECTIONS | _SINGLE_SECTIONS}
+    for file in files:
+        if is_null(file.node):
+            continue
+        fields = attempt(file, _file, Fields(file, {}))
+        for section, found in sections.items():
+            at = fields.at(section)
+            if at is not None and not is_null(at.node):
+                found.append(at)
+    return sections
+
+
+def _file(at: Cursor) -> Fields:
+    return fields_of(at, _LIST_SECTIONS | _SINGLE_SECTIONS)
+
+
+def _listed(found: list[Cursor], read: Read[T | None]) -> tuple[T, ...]:
+    no_items: tuple[T, ...] = ()
+    return tuple(value for at in found for value in attempt(at, each(read), no_items))
+
+
+def _single(found: list[Cursor], read: Read[T], default: T) -> T:
+    for other in found[1:]:
+        other.fail(f"may be in one file only; already in {found[0].place.file}:{found[0].place.line}")
+    return attempt(found[0], read, default) if found else default
+
+
+def _backend(at: Cursor) -> Backend | None:
+    fields = fields_of(at, _BACKEND_FIELDS)
+    backend = Backend(
+        id=BackendId(fields.need("id", text, "")),
+        uri=fields.need("uri", uri, _ABSENT_URI),
+        model_variant=fields.get("model_variant", text, None),
+        timeout_s=fields.get("timeout", duration_s, _DEFAULT_BACKEND.timeout_s),
+        health_check=fields.get("health_check", _health_check, None),
+        credential=fields.get("credential", _credential, None),
+        price=fields.get("price", _price, None),
+        labels=fields.get("labels", _labels, ()),
+        reports_usage=fields.get("reports_usage", boolean, _DEFAULT_BACKEND.reports_usage),
+        place=at.place,
+    )
+    return backend if backend.id else None
+
+
+def _health_check(at: Cursor) -> HealthCheck:
+    fields = fields_of(at, frozenset({"path", "interval", "timeout"}))
+    return HealthCheck(
+        path=fields.need("path", request_path, "/"),
+        interval_s=fields.get("interval", duration_s, _DEFAULT_HEALTH_CHECK.interval_s),
+        timeout_s=fields.get("timeout", duration_s, _DEFAULT_HEALTH_CHECK.timeout_s),
+    )
+
+
+def _credential(at: Cursor) -> Credential:
+    fields = fields_of(at, frozenset({"env", "file", "header", "prefix"}))
+    if (fields.at("env") is None) == (fields.at("file") is None):
+        at.fail("needs exactly one of 'env' and 'file'")
+    header = fields.get("header", header_name, _DEFAULT_CREDENTIAL.header)
+    scheme = _DEFAULT_CREDENTIAL.prefix if header == _DEFAULT_CREDENTIAL.header else ""
+    return Credential(
+        env=fields.get("env", env_name, None),
+        file=fields.get("file", text, None),
+        header=header,
+        prefix=fields.get("prefix", header_prefix, scheme),
+    )
+
+
+def _price(at: Cursor) -> Price:
+    fields = fields_of(at, frozenset({"input_usd_per_1k", "output_usd_per_1k", "cached_input_usd_per_1k"}))
+    return Price(
+        input_micro_usd_per_1k=fields.need("input_usd_per_1k", micro_usd, 0),
+        output_micro_usd_per_1k=fields.need("output_usd_per_1k", micro_usd, 0),
+        cached_input_micro_usd_per_1k=fields.get("cached_input_usd_per_1k", micro_usd, None),
+    )
+
+
+def _labels(at: Cursor) -> tuple[tuple[str, str], ...]:
+    values = pairs(at)
+    return tuple(sorted((label, attempt(value, text, "")) for label, value in values.items()))
+
+
+def _default_policy(at: Cursor) -> DefaultPolicy:
+    fields = fields_of(at, frozenset({"failover_threshold", "ejection", "warmup_window"}))
+    return DefaultPolicy(
+        failover_threshold=fields.get("failover_threshold", integer(1, 1_000), _DEFAULT_POLICY.failover_threshold),
+        ejection_s=fields.get("ejection", duration_s, _DEFAULT_POLICY.ejection_s),
+        warmup_window_s=fields.get("warmup_window", duration_or_zero_s, _DEFAULT_POLICY.warmup_window_s),
+    )
+
+
+def _model(at: Cursor) -> ModelPolicy | None:
+    fields = fields_of(at, frozenset({"model", "organization_id", "backends", "degraded_backends"}))
+    entry = ModelPolicy(
+        model=ModelName(fields.need("model", name, "")),
+        organization_id=OrganizationId(fields.get("organization_id", name, ANY)),
+        backends=fields.need("backends", each(_weighted), ()),
+        degraded_backends=frozenset(map(BackendId, fields.get("degraded_backends", each(text), _NO_NAMES))),
+        place=at.place,
+    )
+    return entry if entry.model else None
+
+
+def _override(at: Cursor) -> OrganizationOverride | None:
+    fields = fields_of(at, frozenset({"organization_id", "model", "backends", "reason"}))
+    override = OrganizationOverride(
+        organization_id=OrganizationId(fields.need("organization_id", name, "")),
+        model=ModelName(fields.get("model", name, ANY)),
+        backends=fields.need("backends", each(_weighted), ()),
+        reason=fields.get("reason", text, ""),
+        place=at.place,
+    )
+    return override if override.organization_id else None
+
+
+def _weighted(at: Cursor) -> WeightedBackend | None:
+    fields = fields_of(at, frozenset({"backend_id", "weight", "allow_list", "deny_list"}))
+    weighted = WeightedBackend(
+        backend_id=BackendId(fields.need("backend_id", text, "")),
+        weight=fields.need("weight", integer(0, WEIGHT_MAX), 1),
+        allow_list=frozenset(map(KeyId, fields.get("allow_list", each(name), _NO_NAMES))),
+        deny_list=frozenset(map(KeyId, fields.get("deny_list", each(name), _NO_NAMES))),
+        place=at.place,
+    )
+    return weighted if weighted.backend_id else None
+
+
+def _kill_switch(at: Cursor) -> KillSwitch | None:
+    fields = fields_of(at, frozenset({"backend_id", "enabled", "reason"}))
+    switch = KillSwitch(
+        backend_id=BackendId(fields.need("backend_id", text, "")),
+        enabled=fields.need("enabled", boolean, False),
+        reason=fields.get("reason", text, ""),
+        place=at.place,
+    )
+    return switch if switch.backend_id else None
+
+
+def _limits(at: Cursor) -> Limits:
+    fields = fields_of(at, frozenset({"default", "organizations", "keys"}))
+    return Limits(
+        default=fields.get("default", _limit_policy, LimitPolicy()),
+        organizations=tuple(
+            (OrganizationId(key), value) for key, value in fields.get("organizations", _limits_by_id, _NO_LIMITS)
+        ),
+        keys=tuple((KeyId(key), value) for key, value in fields.get("keys", _limits_by_id, _NO_LIMITS)),
+    )
+
+
+def _limits_by_id(at: Cursor) -> tuple[tuple[str, LimitPolicy], ...]:
+    values = pairs(at)
+    return tuple(sorted((key, attempt(value, _limit_policy, LimitPolicy())) for key, value in values.items()))
+
+
+def _limit_policy(at: Cursor) -> LimitPolicy:
+    fields = fields_of(at, _LIMIT_FIELDS)
+    count = integer(1, COUNT_MAX)
+    return LimitPolicy(
+        requests_per_second=fields.get("requests_per_second", count, None),
+        burst=fields.get("burst", count, None),
+        tokens_per_minute=fields.get("tokens_per_minute", count, None),
+        max_parallel=fields.get("max_parallel", count, None),
+        budgets=fields.get("budgets", _budgets, None),
+        clamp_output=fields.get("clamp_output", boolean, None),
+        on_store_error=fields.get("on_store_error", _ON_STORE_ERROR, None),
+    )
+
+
+def _budgets(at: Cursor) -> tuple[Budget, ...]:
+    budgets = each(_budget)(at)
+    periods = [budget.period for budget in budgets]
+    for period in sorted({period for period in periods if periods.count(period) > 1}):
+        at.fail(f"more than one budget for {period}")
+    return budgets
+
+
+def _budget(at: Cursor) -> Budget | None:
+    fields = fields_of(at, frozenset({"period", "usd", "tokens"}))
+    if fields.at("usd") is None and fields.at("tokens") is None:
+        at.fail("needs 'usd' or 'tokens'")
+    period = fields.need("period", _PERIOD, None)
+    if period is None:
+        return None
+    return Budget(
+        period=period,
+        limit_micro_usd=fields.get("usd", micro_usd, None),
+        limit_tokens=fields.get("tokens", integer(0, COUNT_MAX), None),
+    )
