@@ -23,7 +23,7 @@ def check(policy: Policy, *, root: Place) -> tuple[Problem, ...]:
     """Every rule that the policy breaks; ``root`` is where to point when something is absent."""
     rules = (_backends, _models, _overrides, _entries, _degraded, _kill_switches)
     absent = (
-        _problem(root, "", f"{section}: there is none")
+        _problem(root, section, "there is none")
         for section, values in (("backends", policy.backends), ("models", policy.models))
         if not values
     )

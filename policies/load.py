@@ -72,8 +72,8 @@ def load(bundle: Bundle, backend_endpoints: str = "") -> Loaded:
     endpoints, endpoint_problems = parse_endpoints(backend_endpoints, file=BACKEND_ENDPOINTS)
     policy = replace(parsed.policy, backends=_with_endpoints(parsed.policy.backends, endpoints))
     problems = broken + parsed.problems + endpoint_problems
-    if not broken:
-        # With a file missing, every reference into it would look broken.
+    if not broken and all(_STEP.search(problem.place.path) for problem in parsed.problems):
+        # With a file or a section missing, every reference into it would look broken.
         found = check(policy, root=Place(file=bundle.directory, line=1))
         spoiled = _spoiled(problems)
         problems += tuple(_sharpened(p, roots) for p in found if (p.place.file, p.place.path) not in spoiled)

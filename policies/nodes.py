@@ -11,7 +11,7 @@ import difflib
 import json
 import re
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Literal, TypeAlias, TypeVar
 
@@ -183,6 +183,22 @@ def each(read: Read[T | None]) -> Read[tuple[T, ...]]:
     return read_each
 
 
+def keyed(read_key: Read[str | None], read: Read[T | None]) -> Read[tuple[tuple[str, T], ...]]:
+    """Reader of a mapping with keys of the writer's choice: pairs sorted by key; wrong ones are left out."""
+
+    def read_keyed(at: Cursor) -> tuple[tuple[str, T], ...]:
+        found: list[tuple[str, T]] = []
+        for written, value_at in pairs(at).items():
+            key_node = Scalar(text=written, quoted=True, place=value_at.node.place)
+            key = attempt(replace(value_at, node=key_node), read_key, None)
+            value = attempt(value_at, read, None)
+            if key is not None and value is not None:
+                found.append((key, value))
+        return tuple(sorted(found, key=lambda pair: pair[0]))
+
+    return read_keyed
+
+
 def is_null(node: Node) -> bool:
     """Whether nothing was written."""
     return isinstance(node, Scalar) and node.kind == "null"
@@ -196,7 +212,9 @@ def describe(node: Node, *, show: bool = False) -> str:
         return "a mapping"
     if is_null(node):
         return "nothing"
-    return shown(node.text) if show else "a scalar"
+    if not show:
+        return "a scalar"
+    return f"the string {shown(node.text)}" if node.quoted else shown(node.text)
 
 
 def shown(text: str) -> str:

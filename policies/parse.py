@@ -8,20 +8,18 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Literal, TypeVar
+from typing import Final, TypeVar
 
 from policies.model import (
     ANY,
     Backend,
     BackendId,
     BackendUri,
-    Budget,
     Credential,
     DefaultPolicy,
     HealthCheck,
     KeyId,
     KillSwitch,
-    LimitPolicy,
     Limits,
     ModelName,
     ModelPolicy,
@@ -33,10 +31,10 @@ from policies.model import (
     Problem,
     WeightedBackend,
 )
-from policies.nodes import Cursor, Fields, Node, Read, Scalar, attempt, each, fields_of, is_null, pairs
+from policies.nodes import Cursor, Fields, Node, Read, Scalar, attempt, each, fields_of, is_null, keyed
+from policies.parse_limits import parse_limits
 from policies.scalars import (
     boolean,
-    choice,
     duration_or_zero_s,
     duration_s,
     env_name,
@@ -52,8 +50,7 @@ from policies.scalars import (
 
 T = TypeVar("T")
 
-WEIGHT_MAX = 1_000_000
-COUNT_MAX = 10**15
+WEIGHT_MAX: Final = 1_000_000
 
 _ABSENT_URI = BackendUri(scheme="http", host="absent.invalid", port=80, path_prefix="")
 _DEFAULT_POLICY = DefaultPolicy()
@@ -61,22 +58,9 @@ _DEFAULT_BACKEND = Backend(id=BackendId(""), uri=_ABSENT_URI, place=Place(file="
 _DEFAULT_HEALTH_CHECK = HealthCheck(path="/")
 _DEFAULT_CREDENTIAL = Credential()
 _NO_NAMES: tuple[str, ...] = ()
-_NO_LIMITS: tuple[tuple[str, LimitPolicy], ...] = ()
-_PERIOD: Read[Literal["DAILY", "MONTHLY"]] = choice("DAILY", "MONTHLY")
-_ON_STORE_ERROR: Read[Literal["local", "deny", "allow"]] = choice("local", "deny", "allow")
+_NO_LABELS: tuple[tuple[str, str], ...] = ()
 _BACKEND_FIELDS = frozenset(
     {"id", "uri", "model_variant", "timeout", "health_check", "credential", "price", "labels", "reports_usage"}
-)
-_LIMIT_FIELDS = frozenset(
-    {
-        "requests_per_second",
-        "burst",
-        "tokens_per_minute",
-        "max_parallel",
-        "budgets",
-        "clamp_output",
-        "on_store_error",
-    }
 )
 _LIST_SECTIONS = frozenset({"backends", "models", "organization_overrides", "kill_switches"})
 _SINGLE_SECTIONS = frozenset({"default_policy", "limits"})
@@ -100,7 +84,7 @@ def parse(roots: Iterable[Node], *, digest: str = "") -> Parsed:
         models=_listed(sections["models"], _model),
         organization_overrides=_listed(sections["organization_overrides"], _override),
         kill_switches=_listed(sections["kill_switches"], _kill_switch),
-        limits=_single(sections["limits"], _limits, Limits()),
+        limits=_single(sections["limits"], parse_limits, Limits()),
         digest=digest,
     )
     return Parsed(policy=policy, problems=tuple(problems))
@@ -162,7 +146,7 @@ def _backend(at: Cursor) -> Backend | None:
         health_check=fields.get("health_check", _health_check, None),
         credential=fields.get("credential", _credential, None),
         price=fields.get("price", _price, None),
-        labels=fields.get("labels", _labels, ()),
+        labels=fields.get("labels", keyed(text, text), _NO_LABELS),
         reports_usage=fields.get("reports_usage", boolean, _DEFAULT_BACKEND.reports_usage),
         place=at.place,
     )
@@ -199,11 +183,6 @@ def _price(at: Cursor) -> Price:
         output_micro_usd_per_1k=fields.need("output_usd_per_1k", micro_usd, 0),
         cached_input_micro_usd_per_1k=fields.get("cached_input_usd_per_1k", micro_usd, None),
     )
-
-
-def _labels(at: Cursor) -> tuple[tuple[str, str], ...]:
-    values = pairs(at)
-    return tuple(sorted((label, attempt(value, text, "")) for label, value in values.items()))
 
 
 def _default_policy(at: Cursor) -> DefaultPolicy:
@@ -260,55 +239,3 @@ def _kill_switch(at: Cursor) -> KillSwitch | None:
         place=at.place,
     )
     return switch if switch.backend_id else None
-
-
-def _limits(at: Cursor) -> Limits:
-    fields = fields_of(at, frozenset({"default", "organizations", "keys"}))
-    return Limits(
-        default=fields.get("default", _limit_policy, LimitPolicy()),
-        organizations=tuple(
-            (OrganizationId(key), value) for key, value in fields.get("organizations", _limits_by_id, _NO_LIMITS)
-        ),
-        keys=tuple((KeyId(key), value) for key, value in fields.get("keys", _limits_by_id, _NO_LIMITS)),
-    )
-
-
-def _limits_by_id(at: Cursor) -> tuple[tuple[str, LimitPolicy], ...]:
-    values = pairs(at)
-    return tuple(sorted((key, attempt(value, _limit_policy, LimitPolicy())) for key, value in values.items()))
-
-
-def _limit_policy(at: Cursor) -> LimitPolicy:
-    fields = fields_of(at, _LIMIT_FIELDS)
-    count = integer(1, COUNT_MAX)
-    return LimitPolicy(
-        requests_per_second=fields.get("requests_per_second", count, None),
-        burst=fields.get("burst", count, None),
-        tokens_per_minute=fields.get("tokens_per_minute", count, None),
-        max_parallel=fields.get("max_parallel", count, None),
-        budgets=fields.get("budgets", _budgets, None),
-        clamp_output=fields.get("clamp_output", boolean, None),
-        on_store_error=fields.get("on_store_error", _ON_STORE_ERROR, None),
-    )
-
-
-def _budgets(at: Cursor) -> tuple[Budget, ...]:
-    budgets = each(_budget)(at)
-    periods = [budget.period for budget in budgets]
-    for period in sorted({period for period in periods if periods.count(period) > 1}):
-        at.fail(f"more than one budget for {period}")
-    return budgets
-
-
-def _budget(at: Cursor) -> Budget | None:
-    fields = fields_of(at, frozenset({"period", "usd", "tokens"}))
-    if fields.at("usd") is None and fields.at("tokens") is None:
-        at.fail("needs 'usd' or 'tokens'")
-    period = fields.need("period", _PERIOD, None)
-    if period is None:
-        return None
-    return Budget(
-        period=period,
-        limit_micro_usd=fields.get("usd", micro_usd, None),
-        limit_tokens=fields.get("tokens", integer(0, COUNT_MAX), None),
-    )
