@@ -19,6 +19,7 @@ SETTLED_AFTER_NS: Final = 100_000_000
 
 _Seen = tuple[int, int, int] | None
 """Inode, size and modification time, or None for no file."""
+_NEVER: Final = (-1, -1, -1)
 
 
 class FileKeys:
@@ -35,7 +36,7 @@ class FileKeys:
     def __init__(self, path: Path, *, log: Logger) -> None:
         self._path = path
         self._log = log
-        self._seen: _Seen = None  # the first check reads once more, for a change since this read
+        self._seen: _Seen = _NEVER  # the first check reads once more, for a change since this read
         self._text = _read(path)
         self._records = _table(self._text, path)
 

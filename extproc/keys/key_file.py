@@ -129,4 +129,4 @@ def _join(path: str, loc: tuple[str | int, ...]) -> str:
 
 def _problem(file: str, node: Any, path: str, text: str) -> Problem:
     line = 1 if node is None else node.start_mark.line + 1
-    return Problem(place=Place(file=file, line=line, path=f"{path}:" if path else ""), text=text)
+    return Problem(place=Place(file=file, line=line, path=path), text=text)

@@ -133,8 +133,10 @@ def record_from(fields: object) -> KeyRecord:
     Raises:
         RecordInvalid: names every field at fault.
     """
+    if not isinstance(fields, Mapping):
+        raise RecordInvalid((((), "must be a mapping of a key's fields"),))
     try:
-        stored = _Stored.model_validate(fields)
+        stored = _Stored.model_validate(dict(fields))
     except ValidationError as error:
         raise RecordInvalid(tuple((e["loc"], e["msg"]) for e in error.errors(include_input=False))) from None
     return KeyRecord(
@@ -185,6 +187,4 @@ def from_json(text: str | bytes) -> KeyRecord:
         fields = json.loads(text)
     except (ValueError, RecursionError):
         raise RecordInvalid((((), "is not JSON"),)) from None
-    if not isinstance(fields, Mapping):
-        raise RecordInvalid((((), "is not a JSON object"),))
     return record_from(fields)
