@@ -16,6 +16,7 @@ from typing import Final
 class Reason(Enum):
     """Why a request is refused."""
 
+    MALFORMED_REQUEST = "malformed_request"
     MALFORMED_BODY = "malformed_body"
     MISSING_FIELD = "missing_field"
     INVALID_FIELD = "invalid_field"
@@ -63,6 +64,9 @@ def _refusal(status: int, code: str, openai_type: str, openai_code: str | None, 
 _INVALID: Final = "invalid_request_error"
 
 REFUSALS: Final[dict[Reason, Refusal]] = {
+    Reason.MALFORMED_REQUEST: _refusal(
+        400, "INVALID_REQUEST", _INVALID, "invalid_request", "The request is not valid HTTP."
+    ),
     Reason.MALFORMED_BODY: _refusal(400, "INVALID_REQUEST", _INVALID, "invalid_request", "The body is not valid JSON."),
     Reason.MISSING_FIELD: _refusal(400, "MISSING_FIELD", _INVALID, "missing_field", "A required field is missing."),
     Reason.INVALID_FIELD: _refusal(

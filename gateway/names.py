@@ -43,6 +43,9 @@ USAGE_NAMESPACE: Final = "router.usage"
 
 CLUSTER_METADATA_BACKEND_ID: Final = "backend_id"
 
+DECIDED_DETAILS: Final = "router_decided"
+"""Response code details of what ext_proc answers: Envoy's local reply rules leave it as it is."""
+
 # --- Envoy resources.
 LISTENER_PUBLIC: Final = "public"
 LISTENER_BACKENDS: Final = "backends"
@@ -50,6 +53,8 @@ LISTENER_BACKENDS: Final = "backends"
 ROUTE_CONFIG_BACKENDS: Final = "backends"
 CLUSTER_XDS: Final = "router_xds"
 CLUSTER_EXTPROC: Final = "router_extproc"
+CLUSTER_STATUS: Final = "router_status"
+"""The ext_proc supervisor's status server: answers readiness."""
 CLUSTER_TRACING: Final = "router_tracing"
 CLUSTER_UNROUTED: Final = "router_unrouted"
 """Has no endpoints: where a request points before ext_proc has chosen its model."""

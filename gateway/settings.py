@@ -19,6 +19,7 @@ Port = Annotated[int, Field(ge=1, le=65535)]
 
 XDS_SOCKET = "xds.sock"
 VALKEY_SOCKET = "valkey.sock"
+STATUS_SOCKET = "extproc-status.sock"
 LAST_GOOD_FILE = "last-good-policies.json"
 
 

@@ -1,0 +1,119 @@
+"""One HTTP exchange as ext_proc sees it, without I/O: closed vocabularies and a table of phases.
+
+Envoy tells of an exchange by events, the decision goes back as one command for each event. What the
+decisions are is the pipeline's business; which event may follow which is this module's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from enum import Enum, auto
+from typing import Final
+
+# --- Events: what Envoy says.
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RequestHeaders:
+    """Headers by lower-case name; ``ends`` when no body follows."""
+
+    headers: Mapping[str, str]
+    ends: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RequestBody:
+    """The whole request body."""
+
+    body: bytes
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ResponseHeaders:
+    """Headers of the backend's answer; ``ends`` when no body follows."""
+
+    headers: Mapping[str, str]
+    ends: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ResponseBody:
+    """The whole answer."""
+
+    body: bytes
+
+
+Event = RequestHeaders | RequestBody | ResponseHeaders | ResponseBody
+
+# --- Commands: what Envoy is to do.
+
+
+@dataclass(frozen=True, slots=True)
+class Continue:
+    """Go on with what was said, unchanged."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Forward:
+    """Route the request: set headers, maybe replace the body, choose the route anew."""
+
+    headers: tuple[tuple[str, str], ...]
+    body: bytes | None
+    metadata: tuple[tuple[str, str | bool], ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rewrite:
+    """Replace the answer's body, which is JSON, and its status where ``status`` is set."""
+
+    body: bytes
+    status: int | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Reply:
+    """Answer the client at once; no backend is contacted (or no further one)."""
+
+    status: int
+    body: bytes
+    headers: tuple[tuple[str, str], ...] = ()
+    details: str = ""
+
+
+Command = Continue | Forward | Rewrite | Reply
+
+
+class Phase(Enum):
+    """Which event is due."""
+
+    REQUEST_HEADERS = auto()
+    REQUEST_BODY = auto()
+    RESPONSE_HEADERS = auto()
+    RESPONSE_BODY = auto()
+    DONE = auto()
+
+
+class OutOfPhase(Exception):  # noqa: N818
+    """Envoy sent an event that its configuration does not lead to."""
+
+
+# The event due in each phase, and the phase after it when the message did not end with it.
+_DUE: Final[dict[Phase, tuple[type[object], Phase]]] = {
+    Phase.REQUEST_HEADERS: (RequestHeaders, Phase.REQUEST_BODY),
+    Phase.REQUEST_BODY: (RequestBody, Phase.RESPONSE_HEADERS),
+    Phase.RESPONSE_HEADERS: (ResponseHeaders, Phase.RESPONSE_BODY),
+    Phase.RESPONSE_BODY: (ResponseBody, Phase.DONE),
+}
+
+
+def advance(phase: Phase, event: Event) -> Phase:
+    """The phase after ``event``.
+
+    Raises:
+        OutOfPhase: the event is not due.
+    """
+    due = _DUE.get(phase)
+    if due is None or type(event) is not due[0]:
+        raise OutOfPhase(f"{type(event).__name__} in phase {phase.name}")
+    return due[1]

@@ -1,0 +1,93 @@
+"""/v1/inference on the way back: the backend's answer as the router's own response schema.
+
+Source: contract, "POST /v1/inference".
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Final
+
+from extproc.exchange import Rewrite
+from gateway.errors import REFUSALS, Reason, router_body
+from policies.model import Price
+
+_MILLION: Final = 1_000_000
+_CODES: Final = {refusal.openai_code: refusal for refusal in REFUSALS.values() if refusal.openai_code}
+_REJECTED: Final = "The backend rejected the request."
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Trace:
+    """Ids by which operators find a request: W3C ids when tracing is on, else made of the request id."""
+
+    trace_id: str
+    span_id: str
+
+
+def _count(usage: Mapping[str, Any], *names: str) -> int:
+    for name in names:
+        value = usage.get(name)
+        if isinstance(value, int) and not isinstance(value, bool) and value >= 0:
+            return value
+    return 0
+
+
+def cost_micro_usd(price: Price | None, *, tokens_input: int, tokens_output: int) -> int:
+    """Micro-dollars, rounded up once over the whole request; 0 where the backend has no price."""
+    if price is None:
+        return 0
+    thousandths = tokens_input * price.input_micro_usd_per_1k + tokens_output * price.output_micro_usd_per_1k
+    return -(-thousandths // 1000)
+
+
+def answer(
+    *, status: int, body: bytes, request_id: str, latency_ms: int, price: Price | None, trace: Trace
+) -> Rewrite:
+    """The client's response to a backend's answer of any status."""
+    try:
+        output = json.loads(body) if body else None
+    except ValueError:
+        output = None
+    if status >= 400:  # noqa: PLR2004
+        return _failure(status, output, trace)
+    if not isinstance(output, dict):
+        return _failure(REFUSALS[Reason.BACKEND_ERROR].status, None, trace)
+    found = output.get("usage")
+    usage: Mapping[str, Any] = found if isinstance(found, dict) else {}
+    tokens_input = _count(usage, "prompt_tokens", "input_tokens")
+    tokens_output = _count(usage, "completion_tokens", "output_tokens") or _count(output, "tokens_used")
+    cost = cost_micro_usd(price, tokens_input=tokens_input, tokens_output=tokens_output)
+    response = {
+        "request_id": request_id,
+        "output": output,
+        "usage": {
+            "tokens_input": tokens_input,
+            "tokens_output": tokens_output,
+            "latency_ms": latency_ms,
+            "cost_usd": cost / _MILLION,
+            "limit_state": "WITHIN_LIMIT",
+        },
+        "trace_id": trace.trace_id,
+        "span_id": trace.span_id,
+    }
+    return Rewrite(body=json.dumps(response, ensure_ascii=False).encode())
+
+
+def _failure(status: int, output: object, trace: Trace) -> Rewrite:
+    """An error in the router's own format, whoever made it."""
+    error = output.get("error") if isinstance(output, dict) else None
+    said: Mapping[str, Any] = error if isinstance(error, dict) else {}
+    known = _CODES.get(said.get("code"))
+    if known is not None and known.status == status:
+        code, text = known.code, known.text
+    elif status >= 500:  # noqa: PLR2004
+        known = REFUSALS[Reason.BACKEND_ERROR]
+        code, text, status = known.code, known.text, known.status
+    else:
+        # The request's own fault, in the backend's words: what a client of the OpenAI endpoints would read too.
+        message = said.get("message")
+        code, text = "INVALID_REQUEST", message if isinstance(message, str) else _REJECTED
+    return Rewrite(body=router_body(code=code, text=text, trace_id=trace.trace_id), status=status)

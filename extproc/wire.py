@@ -1,0 +1,141 @@
+"""Codec between ext_proc's protobuf messages and the exchange's events and commands.
+
+The hot path cannot afford betterproto2 (design, "Two codecs"), so the messages are upb classes made from
+a descriptor set in a pool of their own; ``make protos`` writes it. Envoy API: external_processor.proto.
+"""
+
+from __future__ import annotations
+
+from importlib import resources
+from typing import Any, Final
+
+from google.protobuf import descriptor_pb2, descriptor_pool, message_factory
+
+from extproc.exchange import (
+    Command,
+    Continue,
+    Event,
+    Forward,
+    Reply,
+    RequestBody,
+    RequestHeaders,
+    ResponseBody,
+    ResponseHeaders,
+    Rewrite,
+)
+from gateway import names
+
+
+def _load() -> descriptor_pool.DescriptorPool:
+    pool = descriptor_pool.DescriptorPool()
+    files = descriptor_pb2.FileDescriptorSet.FromString((resources.files("extproc") / "ext_proc.binpb").read_bytes())
+    for file in files.file:
+        pool.Add(file)  # type: ignore[no-untyped-call]
+    return pool
+
+
+_POOL: Final = _load()
+
+
+def message(name: str) -> Any:
+    """Message class of the private pool by full name."""
+    return message_factory.GetMessageClass(_POOL.FindMessageTypeByName(name))  # type: ignore[no-untyped-call]
+
+
+_Request: Final = message("envoy.service.ext_proc.v3.ProcessingRequest")
+_Response: Final = message("envoy.service.ext_proc.v3.ProcessingResponse")
+_OVERWRITE: Final = 2  # HeaderValueOption.HeaderAppendAction.OVERWRITE_IF_EXISTS_OR_ADD
+
+_CONTINUE_REQUEST: Final[bytes] = _Response(request_headers={}).SerializeToString()
+_CONTINUE_RESPONSE: Final[bytes] = _Response(response_headers={}).SerializeToString()
+
+
+class WireError(Exception):
+    """A message that is not a ProcessingRequest this server can be sent."""
+
+
+def _headers(http_headers: Any) -> dict[str, str]:
+    """Headers by name; a repeated one is joined by a comma (RFC 9110, 5.3)."""
+    found: dict[str, str] = {}
+    for field in http_headers.headers.headers:
+        value = field.raw_value.decode("latin-1") if field.raw_value else field.value
+        found[field.key] = f"{found[field.key]},{value}" if field.key in found else value
+    return found
+
+
+def decode(data: bytes) -> Event:
+    """The event that a serialised ProcessingRequest tells of.
+
+    Raises:
+        WireError: not a message that the configured processing mode leads to.
+    """
+    request = _Request.FromString(data)
+    match request.WhichOneof("request"):
+        case "request_headers":
+            said = request.request_headers
+            return RequestHeaders(headers=_headers(said), ends=said.end_of_stream)
+        case "request_body":
+            return RequestBody(body=request.request_body.body)
+        case "response_headers":
+            said = request.response_headers
+            return ResponseHeaders(headers=_headers(said), ends=said.end_of_stream)
+        case "response_body":
+            return ResponseBody(body=request.response_body.body)
+        case other:
+            raise WireError(f"unexpected message: {other}")
+
+
+def _set(headers: tuple[tuple[str, str], ...]) -> list[dict[str, Any]]:
+    return [
+        {"header": {"key": key, "raw_value": value.encode("latin-1", "replace")}, "append_action": _OVERWRITE}
+        for key, value in headers
+    ]
+
+
+def _encode_forward(command: Forward) -> bytes:
+    headers = command.headers
+    common: dict[str, Any] = {"clear_route_cache": True}
+    if command.body is not None:
+        headers = (*headers, ("content-length", str(len(command.body))))
+        common["body_mutation"] = {"body": command.body}
+    common["header_mutation"] = {"set_headers": _set(headers)}
+    response = _Response(request_body={"response": common})
+    fields = response.dynamic_metadata.fields[names.METADATA_NAMESPACE].struct_value.fields
+    for key, value in command.metadata:
+        if isinstance(value, bool):
+            fields[key].bool_value = value
+        else:
+            fields[key].string_value = value
+    return bytes(response.SerializeToString())
+
+
+def _encode_rewrite(command: Rewrite) -> bytes:
+    headers = [("content-type", "application/json"), ("content-length", str(len(command.body)))]
+    if command.status is not None:
+        headers.append((":status", str(command.status)))
+    common = {"body_mutation": {"body": command.body}, "header_mutation": {"set_headers": _set(tuple(headers))}}
+    return bytes(_Response(response_body={"response": common}).SerializeToString())
+
+
+def _encode_reply(command: Reply) -> bytes:
+    headers = (("content-type", "application/json"), *command.headers)
+    reply = {
+        "status": {"code": command.status},
+        "headers": {"set_headers": _set(headers)},
+        "body": command.body,
+        "details": command.details or names.DECIDED_DETAILS,
+    }
+    return bytes(_Response(immediate_response=reply).SerializeToString())
+
+
+def encode(command: Command, event: Event) -> bytes:
+    """The serialised ProcessingResponse that answers ``event`` with ``command``."""
+    match command:
+        case Continue():
+            return _CONTINUE_REQUEST if isinstance(event, RequestHeaders) else _CONTINUE_RESPONSE
+        case Forward():
+            return _encode_forward(command)
+        case Rewrite():
+            return _encode_rewrite(command)
+        case Reply():
+            return _encode_reply(command)

@@ -1,0 +1,174 @@
+"""Listeners: where clients enter, and the internal hop that makes each attempt its own request.
+
+Nothing here depends on a policy, because a changed listener drains every open connection.
+"""
+
+from __future__ import annotations
+
+from envoy_data_plane.envoy.config.accesslog.v3 import AccessLog
+from envoy_data_plane.envoy.config.core.v3 import (
+    GrpcService,
+    GrpcServiceEnvoyGrpc,
+    Http2ProtocolOptions,
+    HttpProtocolOptions,
+    HttpProtocolOptionsHeadersWithUnderscoresAction,
+    SubstitutionFormatString,
+)
+from envoy_data_plane.envoy.config.listener.v3 import (
+    Filter,
+    FilterChain,
+    Listener,
+    ListenerInternalListenerConfig,
+)
+from envoy_data_plane.envoy.config.trace.v3 import OpenTelemetryConfig, TracingHttp
+from envoy_data_plane.envoy.extensions.access_loggers.stream.v3 import StdoutAccessLog
+from envoy_data_plane.envoy.extensions.filters.network.http_connection_manager.v3 import (
+    HttpConnectionManager,
+    HttpConnectionManagerCodecType,
+    HttpConnectionManagerPathWithEscapedSlashesAction,
+    HttpConnectionManagerTracing,
+    Rds,
+    ScopedRds,
+    ScopedRoutes,
+    ScopedRoutesScopeKeyBuilder,
+    ScopedRoutesScopeKeyBuilderFragmentBuilder,
+    ScopedRoutesScopeKeyBuilderFragmentBuilderHeaderValueExtractor,
+)
+from envoy_data_plane.google.protobuf import Any
+
+from gateway import names
+from gateway.settings import XdsSettings
+from xds.resources.encode import ads, seconds, socket_address, struct
+from xds.resources.filters import early_header_mutation, internal_filters, public_filters
+from xds.resources.local_replies import internal_replies, public_replies
+
+HCM = "envoy.filters.network.http_connection_manager"
+STREAM_IDLE_S = 900.0
+"""A stream without a byte for so long is over; reasoning models are silent for minutes."""
+
+
+def buffer_bytes(settings: XdsSettings) -> int:
+    """What a connection may buffer: the largest body and room for what the router adds to it."""
+    return settings.body_max_bytes + 64 * 1024
+
+
+def access_log() -> AccessLog:
+    """One JSON object a request on Envoy's standard output."""
+    usage, router = f"DYNAMIC_METADATA({names.USAGE_NAMESPACE}:", f"DYNAMIC_METADATA({names.METADATA_NAMESPACE}:"
+    fields = {
+        "timestamp": "%START_TIME%",
+        "program": "envoy",
+        "event": "request",
+        "request_id": f"%REQ({names.HEADER_REQUEST_ID})%",
+        "trace_id": "%TRACE_ID%",
+        "method": "%REQ(:METHOD)%",
+        "path": "%REQ(X-ENVOY-ORIGINAL-PATH?:PATH)%",
+        "status": "%RESPONSE_CODE%",
+        "details": "%RESPONSE_CODE_DETAILS%",
+        "flags": "%RESPONSE_FLAGS%",
+        "duration_ms": "%DURATION%",
+        "attempts": "%UPSTREAM_REQUEST_ATTEMPT_COUNT%",
+        "bytes_received": "%BYTES_RECEIVED%",
+        "bytes_sent": "%BYTES_SENT%",
+        "backend": f"%RESP({names.HEADER_ROUTING_BACKEND})%",
+        "decision": f"%RESP({names.HEADER_ROUTING_DECISION})%",
+        "organization_id": f"%{router}{names.METADATA_ORGANIZATION})%",
+        "api_key_id": f"%{router}{names.METADATA_KEY})%",
+        "model": f"%{router}{names.METADATA_MODEL})%",
+        "tokens_input": f"%{usage}tokens_input)%",
+        "tokens_output": f"%{usage}tokens_output)%",
+    }
+    return AccessLog(
+        name="envoy.access_loggers.stdout",
+        typed_config=Any.pack(StdoutAccessLog(log_format=SubstitutionFormatString(json_format=struct(fields)))),
+    )
+
+
+def _tracing(settings: XdsSettings) -> HttpConnectionManagerTracing | None:
+    if not settings.otel_exporter_otlp_endpoint:
+        return None
+    provider = OpenTelemetryConfig(
+        grpc_service=GrpcService(
+            envoy_grpc=GrpcServiceEnvoyGrpc(cluster_name=names.CLUSTER_TRACING), timeout=seconds(1)
+        ),
+        service_name=settings.service_name,
+    )
+    return HttpConnectionManagerTracing(
+        provider=TracingHttp(name="envoy.tracers.opentelemetry", typed_config=Any.pack(provider)),
+        spawn_upstream_span=True,
+    )
+
+
+def _scoped_routes() -> ScopedRoutes:
+    fragment = ScopedRoutesScopeKeyBuilderFragmentBuilder(
+        header_value_extractor=ScopedRoutesScopeKeyBuilderFragmentBuilderHeaderValueExtractor(
+            name=names.HEADER_MODEL, index=0
+        )
+    )
+    return ScopedRoutes(
+        name="models",
+        scope_key_builder=ScopedRoutesScopeKeyBuilder(fragments=[fragment]),
+        rds_config_source=ads(),
+        scoped_rds=ScopedRds(scoped_rds_config_source=ads()),
+    )
+
+
+def public_listener(settings: XdsSettings) -> Listener:
+    """Where clients enter. Its routes are scoped by model, so that an edit pushes one model only."""
+    trace_id = "%TRACE_ID%" if settings.otel_exporter_otlp_endpoint else f"%REQ({names.HEADER_REQUEST_ID})%"
+    manager = HttpConnectionManager(
+        stat_prefix=names.LISTENER_PUBLIC,
+        codec_type=HttpConnectionManagerCodecType.AUTO,
+        scoped_routes=_scoped_routes(),
+        http_filters=public_filters(),
+        early_header_mutation_extensions=[early_header_mutation()],
+        local_reply_config=public_replies(trace_id=trace_id),
+        access_log=[access_log()],
+        tracing=_tracing(settings),
+        use_remote_address=True,
+        generate_request_id=True,
+        always_set_request_id_in_response=True,
+        normalize_path=True,
+        merge_slashes=True,
+        path_with_escaped_slashes_action=HttpConnectionManagerPathWithEscapedSlashesAction.REJECT_REQUEST,
+        server_name=settings.service_name,
+        request_headers_timeout=seconds(10),
+        request_timeout=seconds(120),
+        stream_idle_timeout=seconds(STREAM_IDLE_S),
+        common_http_protocol_options=HttpProtocolOptions(
+            idle_timeout=seconds(3600),
+            headers_with_underscores_action=HttpProtocolOptionsHeadersWithUnderscoresAction.DROP_HEADER,
+        ),
+        http2_protocol_options=Http2ProtocolOptions(
+            max_concurrent_streams=1000, initial_stream_window_size=1 << 20, initial_connection_window_size=16 << 20
+        ),
+    )
+    return Listener(
+        name=names.LISTENER_PUBLIC,
+        address=socket_address(settings.http_host, settings.http_port),
+        per_connection_buffer_limit_bytes=buffer_bytes(settings),
+        filter_chains=[FilterChain(filters=[Filter(name=HCM, typed_config=Any.pack(manager))])],
+    )
+
+
+def backends_listener(settings: XdsSettings) -> Listener:
+    """The internal listener that ``be_`` clusters lead to: one virtual host a backend."""
+    manager = HttpConnectionManager(
+        stat_prefix=names.LISTENER_BACKENDS,
+        codec_type=HttpConnectionManagerCodecType.HTTP2,
+        rds=Rds(config_source=ads(), route_config_name=names.ROUTE_CONFIG_BACKENDS),
+        http_filters=internal_filters(),
+        local_reply_config=internal_replies(),
+        generate_request_id=False,
+        tracing=_tracing(settings),
+        stream_idle_timeout=seconds(STREAM_IDLE_S),
+        http2_protocol_options=Http2ProtocolOptions(
+            initial_stream_window_size=1 << 20, initial_connection_window_size=16 << 20
+        ),
+    )
+    return Listener(
+        name=names.LISTENER_BACKENDS,
+        internal_listener=ListenerInternalListenerConfig(),
+        per_connection_buffer_limit_bytes=buffer_bytes(settings),
+        filter_chains=[FilterChain(filters=[Filter(name=HCM, typed_config=Any.pack(manager))])],
+    )

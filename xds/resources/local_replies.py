@@ -1,0 +1,158 @@
+"""What Envoy answers by itself, in the error format of the contract.
+
+The public listener answers for failures before a backend is involved. The internal listener answers for
+one attempt at one backend: its replies, and a backend's own 5xx, 401, 403 and 429, become a JSON error
+that names no backend, and the public listener's route tries the next backend on them.
+
+Envoy docs: "Local reply modification", "Custom Response Filter".
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import betterproto2
+from envoy_data_plane.envoy.config.accesslog.v3 import AccessLogFilter, ExtensionFilter
+from envoy_data_plane.envoy.config.core.v3 import DataSource, SubstitutionFormatString
+from envoy_data_plane.envoy.extensions.access_loggers.filters.cel.v3 import ExpressionFilter
+from envoy_data_plane.envoy.extensions.filters.http.custom_response.v3 import CustomResponse
+from envoy_data_plane.envoy.extensions.filters.network.http_connection_manager.v3 import (
+    LocalReplyConfig,
+    ResponseMapper,
+)
+from envoy_data_plane.envoy.extensions.http.custom_response.local_response_policy.v3 import LocalResponsePolicy
+from envoy_data_plane.envoy.type.matcher.v3 import (
+    HttpResponseLocalReplyMatchInput,
+    HttpResponseStatusCodeClassMatchInput,
+    HttpResponseStatusCodeMatchInput,
+)
+from envoy_data_plane.google.protobuf import Any
+from envoy_data_plane.xds.core.v3 import TypedExtensionConfig
+from envoy_data_plane.xds.type.matcher.v3 import (
+    Matcher,
+    MatcherMatcherList,
+    MatcherMatcherListFieldMatcher,
+    MatcherMatcherListPredicate,
+    MatcherMatcherListPredicatePredicateList,
+    MatcherMatcherListPredicateSinglePredicate,
+    MatcherOnMatch,
+    StringMatcher,
+)
+
+from gateway.endpoints import OPENAI_PREFIXES
+from gateway.errors import REFUSALS, Reason, openai_body, router_body
+from gateway.names import DECIDED_DETAILS
+
+JSON = "application/json"
+
+# Evaluated in order; the first expression that holds decides. Attributes: Envoy docs, "Attributes".
+_PUBLIC: tuple[tuple[str, Reason], ...] = (
+    ("response.code == 413", Reason.BODY_TOO_LARGE),
+    ("response.code == 408", Reason.REQUEST_TIMEOUT),
+    ("response.code == 404", Reason.PATH_UNKNOWN),
+    ("response.code == 504", Reason.BACKEND_TIMEOUT),
+    ("response.code == 503 && response.code_details == 'direct_response'", Reason.NO_BACKEND),
+    ("response.code >= 500", Reason.SERVICE_DOWN),
+    ("response.code >= 400", Reason.MALFORMED_REQUEST),
+)
+_INTERNAL: tuple[tuple[str, Reason], ...] = (
+    ("response.code == 504", Reason.BACKEND_TIMEOUT),
+    ("response.code_details == 'no_healthy_upstream'", Reason.NO_BACKEND),
+    ("response.code_details == 'cluster_not_found'", Reason.NO_BACKEND),
+    ("response.code_details.contains('overflow')", Reason.BACKEND_BUSY),
+    ("response.code >= 400", Reason.BACKEND_ERROR),
+)
+
+
+def _when(expression: str) -> AccessLogFilter:
+    return AccessLogFilter(
+        extension_filter=ExtensionFilter(
+            name="envoy.access_loggers.extension_filters.cel",
+            typed_config=Any.pack(ExpressionFilter(expression=expression)),
+        )
+    )
+
+
+def error_body(reason: Reason, *, openai: bool, trace_id: str) -> str:
+    """JSON text of a refusal in the format of the endpoint."""
+    refusal = REFUSALS[reason]
+    if openai:
+        return openai_body(message=refusal.text, kind=refusal.openai_type, code=refusal.openai_code).decode()
+    return router_body(code=refusal.code, text=refusal.text, trace_id=trace_id).decode()
+
+
+def _format(reason: Reason, *, openai: bool, trace_id: str) -> SubstitutionFormatString:
+    body = error_body(reason, openai=openai, trace_id=trace_id)
+    return SubstitutionFormatString(text_format_source=DataSource(inline_string=body), content_type=JSON)
+
+
+def _mapper(expression: str, reason: Reason, *, openai: bool, trace_id: str) -> ResponseMapper:
+    return ResponseMapper(
+        filter=_when(expression),
+        status_code=REFUSALS[reason].status,
+        body_format_override=_format(reason, openai=openai, trace_id=trace_id),
+    )
+
+
+def _public_mappers(trace_id: str) -> Iterator[ResponseMapper]:
+    decided = f"response.code_details.contains('{DECIDED_DETAILS}')"
+    is_openai = " || ".join(f"request.path.startsWith('{prefix}')" for prefix in OPENAI_PREFIXES)
+    for expression, reason in _PUBLIC:
+        yield _mapper(f"!{decided} && {expression} && ({is_openai})", reason, openai=True, trace_id=trace_id)
+        yield _mapper(f"!{decided} && {expression}", reason, openai=False, trace_id=trace_id)
+
+
+def public_replies(*, trace_id: str) -> LocalReplyConfig:
+    """Local replies of the public listener; ``trace_id`` is the substitution command that gives it."""
+    return LocalReplyConfig(mappers=list(_public_mappers(trace_id)))
+
+
+def internal_replies() -> LocalReplyConfig:
+    """Local replies of the internal listener: one attempt at one backend failed inside Envoy."""
+    return LocalReplyConfig(
+        mappers=[_mapper(expression, reason, openai=True, trace_id="") for expression, reason in _INTERNAL]
+    )
+
+
+def _typed(name: str, message: betterproto2.Message) -> TypedExtensionConfig:
+    return TypedExtensionConfig(name=name, typed_config=Any.pack(message))
+
+
+def _response_is(name: str, message: betterproto2.Message, expected: str) -> MatcherMatcherListPredicate:
+    return MatcherMatcherListPredicate(
+        single_predicate=MatcherMatcherListPredicateSinglePredicate(
+            input=_typed(name, message),
+            value_match=StringMatcher(exact=expected),
+        )
+    )
+
+
+def backend_errors() -> CustomResponse:
+    """Replaces a backend's own error by ours: its text may name hosts, accounts or a masked credential."""
+    reason = Reason.BACKEND_ERROR
+    failed = [_response_is("class", HttpResponseStatusCodeClassMatchInput(), "5xx")]
+    failed += [_response_is("code", HttpResponseStatusCodeMatchInput(), code) for code in ("401", "403", "429")]
+    from_backend = _response_is("local_reply", HttpResponseLocalReplyMatchInput(), "false")
+    policy = LocalResponsePolicy(
+        status_code=REFUSALS[reason].status,
+        body_format=_format(reason, openai=True, trace_id=""),
+    )
+    any_failed = MatcherMatcherListPredicate(
+        or_matcher=MatcherMatcherListPredicatePredicateList(predicate=failed)
+    )
+    return CustomResponse(
+        custom_response_matcher=Matcher(
+            matcher_list=MatcherMatcherList(
+                matchers=[
+                    MatcherMatcherListFieldMatcher(
+                        predicate=MatcherMatcherListPredicate(
+                            and_matcher=MatcherMatcherListPredicatePredicateList(predicate=[from_backend, any_failed])
+                        ),
+                        on_match=MatcherOnMatch(action=_typed("backend_error", policy)),
+                    )
+                ]
+            )
+        )
+    )
+
+

@@ -1,0 +1,40 @@
+-- Drops the usage event that ext_proc asked the backend for on the client's behalf, and ends a stream
+-- that stopped without [DONE] with an error event, because a client takes a silent end for success.
+-- Events pass as they come; only bytes after the last complete event are held until it is complete.
+
+local ERROR_EVENT = '@ERROR_EVENT@'
+
+local function is_injected_usage(event)
+  return event:find('"choices"%s*:%s*%[%s*%]') ~= nil and event:find('"usage"%s*:%s*{') ~= nil
+end
+
+function envoy_on_response(handle)
+  local router = handle:streamInfo():dynamicMetadata():get("@NAMESPACE@")
+  if router == nil or not router["@STREAM@"] then return end
+  local headers = handle:headers()
+  local content_type = headers:get("content-type") or ""
+  if headers:get(":status") ~= "200" or not content_type:find("text/event-stream", 1, true) then return end
+  local strip = router["@STRIP_USAGE@"]
+
+  local held, done = "", false
+  for chunk in handle:bodyChunks() do
+    local size = chunk:length()
+    if size == 0 then
+      -- The stream ended cleanly.
+      if not done then chunk:setBytes(held .. ERROR_EVENT) elseif held ~= "" then chunk:setBytes(held) end
+    else
+      local bytes = held .. chunk:getBytes(0, size)
+      local out, from = {}, 1
+      while true do
+        local _, stop = bytes:find("\r?\n\r?\n", from)
+        if stop == nil then break end
+        local event = bytes:sub(from, stop)
+        if event:find("^data:%s*%[DONE%]") then done = true end
+        if not (strip and is_injected_usage(event)) then out[#out + 1] = event end
+        from = stop + 1
+      end
+      held = bytes:sub(from)
+      chunk:setBytes(table.concat(out))
+    end
+  end
+end
