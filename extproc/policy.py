@@ -49,6 +49,7 @@ class FollowedPolicy:
         start = load_or_last_good(settings.policy_dir, settings.backend_endpoints, settings.state_path / LAST_GOOD_FILE)
         if start.problems:
             log.warning("policy_rejected", problems=[str(problem) for problem in start.problems], in_force="last_good")
+        self._bundle = start.loaded.bundle
         self._table = table_of(start.loaded.policy, now_s=time.time())
 
     def table(self) -> PolicyTable:
@@ -57,9 +58,11 @@ class FollowedPolicy:
 
     async def follow(self) -> None:
         """Swap the table whenever the directory changes, until cancelled."""
-        async for change in watch(self._settings.policy_dir):
+        async for change in watch(self._settings.policy_dir, loaded=self._bundle):
             try:
-                loaded = await asyncio.to_thread(load, change.bundle(), self._settings.backend_endpoints)
+                if change.bundle is None:
+                    raise PolicyRejected(change.problems)
+                loaded = await asyncio.to_thread(load, change.bundle, self._settings.backend_endpoints)
             except PolicyRejected as rejected:
                 self._log.warning("policy_rejected", problems=[str(problem) for problem in rejected.problems])
                 continue

@@ -1,0 +1,69 @@
+"""One worker process: opens the key stores, loads the policy, serves exchanges, drains on SIGTERM."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import os
+import signal
+import sys
+import time
+
+from extproc.keys.open import open_keys
+from extproc.metrics import RequestCounts
+from extproc.pipeline import Deciders
+from extproc.policy import FollowedPolicy
+from extproc.server import ExtProcServer
+from gateway.settings import ExtprocSettings
+from gateway.telemetry import get_logger
+
+HEALTH_CHECK_NOTICE_S = 1.5
+"""Longer than Envoy's health check interval: after it no new exchange comes here."""
+
+
+def _stop_event() -> asyncio.Event:
+    """Set by SIGTERM, or when the supervisor is gone: it holds the other end of standard input."""
+    stop = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    loop.add_signal_handler(signal.SIGTERM, stop.set)
+    loop.add_signal_handler(signal.SIGINT, lambda: None)  # the supervisor decides
+
+    def on_input() -> None:
+        if not os.read(sys.stdin.fileno(), 1024):
+            loop.remove_reader(sys.stdin.fileno())
+            stop.set()
+
+    loop.add_reader(sys.stdin.fileno(), on_input)
+    return stop
+
+
+async def run(settings: ExtprocSettings, *, worker: int) -> None:
+    """Serve until told to stop.
+
+    Raises:
+        PolicyRejected, KeyFileInvalid: the worker cannot start.
+    """
+    log = get_logger().bind(worker=worker)
+    stop = _stop_event()
+    policy = FollowedPolicy(settings, log=log)
+    async with open_keys(settings, log=log) as keys:
+        deciders = Deciders(
+            keys=keys.store,
+            policy=policy.table,
+            outcomes=RequestCounts(),
+            log=log,
+            clock_s=time.time,
+            body_max_bytes=settings.body_max_bytes,
+            payload_max_bytes=settings.inference_payload_max_bytes,
+        )
+        socket = settings.run_dir / settings.worker_socket(worker)
+        server = ExtProcServer(deciders, socket=socket, body_max_bytes=settings.body_max_bytes, log=log)
+        following = asyncio.create_task(policy.follow())
+        await server.start()
+        gc.collect()
+        gc.freeze()  # what lives for ever need not be looked at again by every collection
+        log.info("worker_serving", socket=str(socket), pid=os.getpid())
+        await stop.wait()
+        log.info("worker_draining")
+        await server.drain(notice_s=HEALTH_CHECK_NOTICE_S, grace_s=settings.drain_timeout_s)
+        following.cancel()
