@@ -51,12 +51,9 @@ def check(directory: Path, backend_endpoints: str, as_json: bool) -> None:
         }
         click.echo(json.dumps(found, indent=2))
     else:
-        _print_problems(problems, "problem", "red")
-        _print_problems(warnings, "warning", "yellow")
-        if loaded:
-            _print_line(_summary(loaded), "green")
-        else:
-            _print_line(_counted(len(problems), "problem"), "red")
+        _print_problems(problems, "", "red")
+        _print_problems(warnings, "warning: ", "yellow")
+        _print(Text(_summary(loaded), "green") if loaded else Text(_counted(len(problems), "problem"), "red"))
     if problems:
         raise SystemExit(1)
 
@@ -69,9 +66,9 @@ def show(directory: Path, backend_endpoints: str, as_json: bool) -> None:
     """Show the backends of each model of DIR, with their share and state."""
     loaded, problems = _load(directory, backend_endpoints)
     if loaded is None:
-        _print_problems(problems, "problem", "red")
+        _print_problems(problems, "", "red")
         raise SystemExit(1)
-    entries = (*loaded.policy.models, *loaded.policy.organization_overrides)
+    entries: tuple[Entry, ...] = (*loaded.policy.models, *loaded.policy.organization_overrides)
     if as_json:
         shown = {"digest": loaded.policy.digest, "entries": [_entry_as_json(loaded.policy, e) for e in entries]}
         click.echo(json.dumps(shown, indent=2))
@@ -90,13 +87,12 @@ def _load(directory: Path, backend_endpoints: str) -> tuple[Loaded | None, tuple
 
 def _print_problems(problems: tuple[Problem, ...], kind: str, style: str) -> None:
     for problem in problems:
-        Console(stderr=True).print(
-            Text.assemble((f"{kind}: ", style), (str(problem.place), "bold"), f": {problem.text}"), soft_wrap=True
-        )
+        _print(Text.assemble((str(problem.place), "bold"), ": ", (kind, style), problem.text))
 
 
-def _print_line(text: str, style: str) -> None:
-    Console().print(Text(text, style=style), soft_wrap=True)
+def _print(text: Text) -> None:
+    # Neither wrapped nor styled by content: a place must stay one word for editors and grep.
+    Console(highlight=False).print(text, soft_wrap=True)
 
 
 def _summary(loaded: Loaded) -> str:
@@ -121,7 +117,7 @@ def _as_json(problem: Problem) -> dict[str, Any]:
 
 
 def _rows(policy: Policy, entry: Entry) -> list[dict[str, Any]]:
-    """Backends of an entry; ``percent`` is the share while none is ejected, for a key that no list names or narrows."""
+    """Backends of an entry; ``percent`` is the share of a key that no list narrows, while none is ejected."""
     left = candidates_among(policy, entry, None)
     normal = [candidate for candidate in left if candidate.standing == "normal"] or list(left)
     weight_sum = sum(candidate.weight for candidate in normal)
@@ -167,11 +163,11 @@ def _table(policy: Policy, entry: Entry) -> Table:
     if isinstance(entry, OrganizationOverride):
         title.append(f"  override{': ' + entry.reason if entry.reason else ''}", style="yellow")
     table = Table(title=title, title_justify="left", caption=Text(str(entry.place)), caption_justify="left")
-    table.add_column("backend")
+    table.add_column("backend", overflow="fold")
     table.add_column("weight", justify="right")
     table.add_column("share", justify="right")
     table.add_column("state")
-    table.add_column("keys")
+    table.add_column("keys", overflow="fold")
     for row in _rows(policy, entry):
         lists = ("allow", row["allow_list"]), ("deny", row["deny_list"])
         keys = "; ".join(f"{word} {', '.join(ids)}" for word, ids in lists if ids)

@@ -176,6 +176,8 @@ def _entries(policy: Policy) -> tuple[dict[_Key, ModelPolicy], dict[_Key, Organi
 def _pick(
     models: Mapping[_Key, M], overrides: Mapping[_Key, V], organization: OrganizationId, model: ModelName
 ) -> M | V | None:
+    if model == _EVERY_MODEL:
+        return None
     override = overrides.get((organization, model))
     if override is not None:
         return override
