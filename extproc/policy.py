@@ -51,6 +51,7 @@ class FollowedPolicy:
             log.warning("policy_rejected", problems=[str(problem) for problem in start.problems], in_force="last_good")
         self._bundle = start.loaded.bundle
         self._table = table_of(start.loaded.policy, now_s=time.time())
+        log.info("policy_in_force", digest=start.loaded.policy.digest)
 
     def table(self) -> PolicyTable:
         """The table in force."""

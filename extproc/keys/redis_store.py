@@ -17,6 +17,7 @@ from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
 from redis.exceptions import RedisError
 
+from extproc.keys.deadline import within
 from extproc.keys.record import DIGEST_LENGTH, KeyRecord, PresentedKey, RecordInvalid, from_json
 from extproc.keys.store import ASK, Ask
 from gateway.errors import StoreUnavailable
@@ -72,8 +73,8 @@ def redis_client(address: str) -> Redis:
         redis_url(address),
         max_connections=CONNECTIONS_MAX,
         timeout=DEADLINE_S,
-        socket_connect_timeout=DEADLINE_S * 4,
-        socket_timeout=PING_INTERVAL_S * 2,
+        socket_connect_timeout=DEADLINE_S * 2,
+        socket_timeout=DEADLINE_S * 2,  # not of a subscription's reads, which have their own
         retry=Retry(NoBackoff(), 1),
     )
     return Redis.from_pool(pool)
@@ -108,8 +109,7 @@ class RedisKeys:
             StoreUnavailable: no answer in time, or a record that cannot be read.
         """
         try:
-            async with asyncio.timeout(self._deadline_s):
-                text = await self._client.get(record_name(key.digest))
+            text = await within(self._deadline_s, self._get(record_name(key.digest)))
         except TimeoutError as error:
             raise StoreUnavailable(f"redis: no answer within {self._deadline_s:g} s") from error
         except (RedisError, OSError) as error:
@@ -123,6 +123,9 @@ class RedisKeys:
         if record.digest != key.digest:
             raise StoreUnavailable(f"redis: {record_name(key.digest)} holds the record of another key")
         return record
+
+    async def _get(self, name: str) -> Any:
+        return await self._client.get(name)
 
     async def watch(self, invalidate: Invalidate) -> None:
         """Follow changes until cancelled: ``invalidate(digest)`` for a changed key, ``invalidate(None)`` for all.

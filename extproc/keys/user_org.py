@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import ssl
 from collections.abc import Mapping
 from typing import Annotated, Final
@@ -10,6 +9,7 @@ from typing import Annotated, Final
 import httpx
 from pydantic import BaseModel, BeforeValidator, ConfigDict, StringConstraints, ValidationError
 
+from extproc.keys.deadline import within
 from extproc.keys.record import Identifier, KeyRecord, Name, PresentedKey, Status, Text
 from extproc.keys.store import ASK, Ask
 from gateway.errors import StoreUnavailable
@@ -89,8 +89,7 @@ class UserOrgKeys:
             StoreUnavailable: no answer in time, a status that is no answer, or an answer of the wrong form.
         """
         try:
-            async with asyncio.timeout(self._timeout_s):
-                status, body = await self._ask(key)
+            status, body = await within(self._timeout_s, self._ask(key))
         except TimeoutError as error:
             raise StoreUnavailable(f"{self.name}: no answer within {self._timeout_s:g} s") from error
         except (httpx.HTTPError, httpx.InvalidURL) as error:

@@ -47,6 +47,9 @@ from xds.resources.listeners import buffer_bytes
 
 RETRY_ON = "5xx,connect-failure,reset,refused-stream,retriable-status-codes"
 STATUS_TIMEOUT_S = 0.9
+_OVERHEAD_US = f"{names.INTERNAL_HEADER_PREFIX}overhead-us"
+"""Set by the route, turned into milliseconds by the virtual host, removed by the route configuration: Envoy evaluates
+response headers in this order, and one level sees only what an earlier one has added."""
 WEIGHT_TOTAL = 100_000_000
 """Weights are scaled to about this total, so that weight 1 is a share nobody is sent to first."""
 
@@ -65,7 +68,7 @@ def _response_headers(decision: str, avoided: tuple[BackendId, ...]) -> list[Hea
     headers = [
         header(names.HEADER_ROUTING_BACKEND, backend),
         header(names.HEADER_ROUTING_DECISION, failover),
-        header(names.HEADER_OVERHEAD_MS, "%COMMON_DURATION(DS_RX_BEG:US_TX_BEG:ms)%"),
+        header(_OVERHEAD_US, "%COMMON_DURATION(DS_RX_BEG:US_TX_BEG:us)%"),
     ]
     if avoided:
         text = f"degraded backend avoided: {', '.join(avoided)}"
@@ -173,9 +176,14 @@ def model_routes(policy: Policy, model: ModelName, settings: XdsSettings) -> Rou
             names.HEADER_VARIANT,
             "cookie",
         ],
+        response_headers_to_add=[
+            header(names.HEADER_OVERHEAD_MS, f"%CEL(double(response.headers['{_OVERHEAD_US}']) / 1000.0)%")
+        ],
         request_body_buffer_limit=buffer_bytes(settings),
     )
-    return RouteConfiguration(name=names.model_routes(model), virtual_hosts=[host])
+    return RouteConfiguration(
+        name=names.model_routes(model), virtual_hosts=[host], response_headers_to_remove=[_OVERHEAD_US]
+    )
 
 
 def unrouted_routes(settings: XdsSettings) -> RouteConfiguration:

@@ -1,0 +1,40 @@
+"""The narrow path, and policy edits, on the real Envoy."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+
+from tests.harness.stack import Stack, policy_of, running_stack
+
+pytestmark = pytest.mark.integration
+
+
+@pytest.fixture(scope="module")
+def stack() -> Iterator[Stack]:
+    with running_stack() as running:
+        yield running
+
+
+@pytest.fixture(autouse=True)
+def _fresh(stack: Stack) -> None:
+    stack.reset()
+
+
+def test_chat_reaches_a_backend_unchanged(stack: Stack) -> None:
+    body = b'{"model":"gpt-4o", "messages":[{"role":"user","content":"hi"}], "seed": 9007199254740993, "x": 0.70}'
+    with stack.client() as client:
+        response = client.post("/v1/chat/completions", content=body, headers={"content-type": "application/json"})
+    assert response.status_code == 200
+    [received] = [request for mock in stack.mocks.values() for request in mock.requests()]
+    assert received.body == body
+
+
+def test_a_policy_edit_is_in_force_within_a_second(stack: Stack) -> None:
+    only_b = [{"model": "gpt-4o", "organization_id": "*", "backends": [{"backend_id": "b", "weight": 1}]}]
+    stack.apply(policy_of(stack.uris, models=only_b))
+    with stack.client() as client:
+        for _ in range(20):
+            response = client.post("/v1/completions", json={"model": "gpt-4o", "prompt": "hi"})
+            assert response.headers["x-routing-backend"] == "b"
