@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from extproc.authenticate import (
+    Scope,
     authenticate,
     has_scope,
     presented_key,
@@ -289,7 +290,7 @@ def test_no_text_but_the_signature_is_accepted(message: bytes, given_text: str) 
 )
 def test_scopes_grant(scopes: list[str], granted: str) -> None:
     caller = a_caller(scopes=frozenset(scopes))
-    everything = ("inference", "models", "audit", "admin")
+    everything: tuple[Scope, ...] = ("inference", "models", "audit", "admin")
     assert [scope for scope in everything if has_scope(caller, scope)] == granted.split()
     for scope in everything:
         if scope in granted.split():
