@@ -81,7 +81,7 @@ def main(worker: int | None) -> None:
 def _cannot_start(reason: str) -> None:
     from extproc.supervise import CANNOT_START
 
-    print(f"extproc: {reason}", file=sys.stderr)  # noqa: T201
+    print(f"extproc: {reason}", file=sys.stderr)
     sys.exit(CANNOT_START)
 
 

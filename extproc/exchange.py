@@ -94,7 +94,7 @@ class Phase(Enum):
     DONE = auto()
 
 
-class OutOfPhase(Exception):  # noqa: N818
+class OutOfPhase(Exception):
     """Envoy sent an event that its configuration does not lead to."""
 
 

@@ -131,7 +131,9 @@ def parse(body: bytes | str) -> Document:
     try:
         return _object(text, decoder)
     except json.JSONDecodeError as error:
-        raise _malformed(f"The body is not valid JSON: {error.msg} (line {error.lineno}, column {error.colno}).") from error
+        raise _malformed(
+            f"The body is not valid JSON: {error.msg} (line {error.lineno}, column {error.colno})."
+        ) from error
 
 
 def _object(text: str, decoder: json.JSONDecoder) -> Document:

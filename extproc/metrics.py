@@ -10,7 +10,9 @@ class RequestCounts:
 
     def __init__(self) -> None:
         counter = Counter(
-            "router_requests_total", "Requests that ext_proc decided on, by what became of them.", ["endpoint", "outcome"]
+            "router_requests_total",
+            "Requests that ext_proc decided on, by what became of them.",
+            ["endpoint", "outcome"],
         )
         self._labels = counter.labels
         self._known: dict[tuple[str, str], Counter] = {}

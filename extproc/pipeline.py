@@ -63,7 +63,17 @@ class Deciders:
 class Decision:
     """One request on its way through the pipeline."""
 
-    __slots__ = ("_answer_headers", "_ask", "_caller", "_deciders", "_endpoint", "_head", "_phase", "_started_s", "_trace")
+    __slots__ = (
+        "_answer_headers",
+        "_ask",
+        "_caller",
+        "_deciders",
+        "_endpoint",
+        "_head",
+        "_phase",
+        "_started_s",
+        "_trace",
+    )
 
     def __init__(self, deciders: Deciders, traceparent: str | None) -> None:
         self._deciders = deciders

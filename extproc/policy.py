@@ -61,9 +61,7 @@ class FollowedPolicy:
         """Swap the table whenever the directory changes, until cancelled."""
         async for change in watch(self._settings.policy_dir, loaded=self._bundle):
             try:
-                if change.bundle is None:
-                    raise PolicyRejected(change.problems)
-                loaded = await asyncio.to_thread(load, change.bundle, self._settings.backend_endpoints)
+                loaded = await asyncio.to_thread(load, change.usable(), self._settings.backend_endpoints)
             except PolicyRejected as rejected:
                 self._log.warning("policy_rejected", problems=[str(problem) for problem in rejected.problems])
                 continue

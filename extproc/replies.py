@@ -15,9 +15,7 @@ def refusal(refused: Refused, *, openai: bool, trace_id: str) -> Reply:
     """A refusal in the endpoint's error format."""
     said = refused.refusal
     if openai:
-        body = openai_body(
-            message=refused.text, kind=said.openai_type, code=said.openai_code, param=refused.param
-        )
+        body = openai_body(message=refused.text, kind=said.openai_type, code=said.openai_code, param=refused.param)
     else:
         body = router_body(code=said.code, text=refused.text, trace_id=trace_id, param=refused.param)
     headers = (("www-authenticate", "Bearer"),) if said.status == 401 else ()  # noqa: PLR2004 - RFC 9110, 15.5.2

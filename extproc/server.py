@@ -50,7 +50,7 @@ class ExtProcServer:
                 ("grpc.max_concurrent_streams", 10_000),
             ]
         )
-        process = grpc.stream_stream_rpc_method_handler(self._process)
+        process: grpc.RpcMethodHandler[Any, Any] = grpc.stream_stream_rpc_method_handler(self._process)
         self._server.add_generic_rpc_handlers(
             (grpc.method_handlers_generic_handler(EXTPROC_SERVICE, {"Process": process}),)
         )

@@ -20,7 +20,7 @@ CANNOT_START = 2
 """Exit code of a worker whose settings or policy cannot be used: starting it again would not help."""
 
 
-class WorkersCannotStart(Exception):  # noqa: N818
+class WorkersCannotStart(Exception):
     """A worker said that its settings cannot be used; its log has the reason."""
 
 
@@ -73,7 +73,9 @@ class Workers:
             self._log.error("worker_died", worker=worker, exit_code=code)
             if code == CANNOT_START:
                 raise WorkersCannotStart(f"worker {worker} cannot start")
-            backoff_s = BACKOFF_FIRST_S if loop.time() - started_s > STEADY_AFTER_S else min(backoff_s * 2, BACKOFF_MAX_S)
+            backoff_s = (
+                BACKOFF_FIRST_S if loop.time() - started_s > STEADY_AFTER_S else min(backoff_s * 2, BACKOFF_MAX_S)
+            )
             await asyncio.sleep(backoff_s)
 
     async def _run_once(self, worker: int) -> int:

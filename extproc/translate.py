@@ -43,9 +43,7 @@ def cost_micro_usd(price: Price | None, *, tokens_input: int, tokens_output: int
     return -(-thousandths // 1000)
 
 
-def answer(
-    *, status: int, body: bytes, request_id: str, latency_ms: int, price: Price | None, trace: Trace
-) -> Rewrite:
+def answer(*, status: int, body: bytes, request_id: str, latency_ms: int, price: Price | None, trace: Trace) -> Rewrite:
     """The client's response to a backend's answer of any status."""
     try:
         output = json.loads(body) if body else None
@@ -80,7 +78,7 @@ def _failure(status: int, output: object, trace: Trace) -> Rewrite:
     """An error in the router's own format, whoever made it."""
     error = output.get("error") if isinstance(output, dict) else None
     said: Mapping[str, Any] = error if isinstance(error, dict) else {}
-    known = _CODES.get(said.get("code"))
+    known = _CODES.get(str(said.get("code")))
     if known is not None and known.status == status:
         code, text = known.code, known.text
     elif status >= 500:  # noqa: PLR2004

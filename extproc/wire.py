@@ -30,7 +30,7 @@ def _load() -> descriptor_pool.DescriptorPool:
     pool = descriptor_pool.DescriptorPool()
     files = descriptor_pb2.FileDescriptorSet.FromString((resources.files("extproc") / "ext_proc.binpb").read_bytes())
     for file in files.file:
-        pool.Add(file)  # type: ignore[no-untyped-call]
+        pool.Add(file)
     return pool
 
 
@@ -39,7 +39,7 @@ _POOL: Final = _load()
 
 def message(name: str) -> Any:
     """Message class of the private pool by full name."""
-    return message_factory.GetMessageClass(_POOL.FindMessageTypeByName(name))  # type: ignore[no-untyped-call]
+    return message_factory.GetMessageClass(_POOL.FindMessageTypeByName(name))
 
 
 _Request: Final = message("envoy.service.ext_proc.v3.ProcessingRequest")

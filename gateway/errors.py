@@ -118,7 +118,11 @@ REFUSALS: Final[dict[Reason, Refusal]] = {
         415, "UNSUPPORTED_MEDIA_TYPE", _INVALID, "unsupported_media_type", "Send the body as application/json."
     ),
     Reason.BACKENDS_KILLED: _refusal(
-        503, "NO_BACKEND_AVAILABLE", "server_error", "no_backend_available", "Every backend of this model is switched off."
+        503,
+        "NO_BACKEND_AVAILABLE",
+        "server_error",
+        "no_backend_available",
+        "Every backend of this model is switched off.",
     ),
     Reason.NO_BACKEND: _refusal(
         503, "NO_BACKEND_AVAILABLE", "server_error", "no_backend_available", "No backend is available for this model."
@@ -143,7 +147,11 @@ REFUSALS: Final[dict[Reason, Refusal]] = {
         "API keys cannot be checked at the moment; try again.",
     ),
     Reason.SERVICE_DOWN: _refusal(
-        503, "SERVICE_UNAVAILABLE", "server_error", "service_unavailable", "The router cannot decide at the moment; try again."
+        503,
+        "SERVICE_UNAVAILABLE",
+        "server_error",
+        "service_unavailable",
+        "The router cannot decide at the moment; try again.",
     ),
     Reason.BUG: _refusal(
         500, "INTERNAL_ERROR", "server_error", "internal_error", "The router failed; the log has this error's id."
@@ -151,7 +159,7 @@ REFUSALS: Final[dict[Reason, Refusal]] = {
 }
 
 
-class Refused(Exception):  # noqa: N818 - it reads as a sentence: raise Refused(Reason.KEY_EXPIRED)
+class Refused(Exception):
     """The client's fault, raised anywhere below the pipeline and caught once.
 
     Args:
@@ -172,7 +180,7 @@ class Refused(Exception):  # noqa: N818 - it reads as a sentence: raise Refused(
         return REFUSALS[self.reason]
 
 
-class StoreUnavailable(Exception):  # noqa: N818
+class StoreUnavailable(Exception):
     """A store or service that a decision needs did not answer in time."""
 
 

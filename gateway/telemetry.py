@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import sys
+from collections.abc import MutableMapping
 from typing import Any
 
 import structlog
@@ -27,7 +28,7 @@ def configure_logging(*, program: str, level: str = "info", log_format: str = "j
     else:
         last = [structlog.processors.format_exc_info, structlog.processors.JSONRenderer()]
 
-    def add_program(_: Any, __: str, event: dict[str, Any]) -> dict[str, Any]:
+    def add_program(_: Any, __: str, event: MutableMapping[str, Any]) -> MutableMapping[str, Any]:
         event.setdefault("program", program)
         return event
 

@@ -23,6 +23,16 @@ class Change:
     problems: tuple[Problem, ...] = ()
     extra_files: bool = False
 
+    def usable(self) -> Bundle:
+        """The bundle.
+
+        Raises:
+            PolicyRejected: the directory cannot be read.
+        """
+        if self.bundle is None:
+            raise PolicyRejected(self.problems)
+        return self.bundle
+
 
 def no_files() -> Iterable[Path]:
     """No extra files to watch."""

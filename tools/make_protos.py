@@ -38,11 +38,11 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as directory:
         venv.create(directory, with_pip=True)
         python = str(Path(directory) / "bin" / "python")
-        print(f"installing {XDS_PROTOS} into a throw-away environment", file=sys.stderr)  # noqa: T201
+        print(f"installing {XDS_PROTOS} into a throw-away environment", file=sys.stderr)
         subprocess.run([python, "-m", "pip", "install", "--quiet", XDS_PROTOS], check=True)
         extracted = subprocess.run([python, "-I", "-c", EXTRACT], check=True, stdout=subprocess.PIPE)
     OUTPUT.write_bytes(extracted.stdout)
-    print(f"{OUTPUT.name}: {len(extracted.stdout)} bytes", file=sys.stderr)  # noqa: T201
+    print(f"{OUTPUT.name}: {len(extracted.stdout)} bytes", file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -59,9 +59,7 @@ class Publisher:
         in_force = self._loaded.bundle if self._loaded else None
         async for change in watch(self._settings.policy_dir, extra_files=self._credential_files, loaded=in_force):
             try:
-                if change.bundle is None:
-                    raise PolicyRejected(change.problems)
-                loaded = await asyncio.to_thread(load, change.bundle, self._settings.backend_endpoints)
+                loaded = await asyncio.to_thread(load, change.usable(), self._settings.backend_endpoints)
                 snapshot = await asyncio.to_thread(self._snapshot, loaded)
             except PolicyRejected as rejected:
                 self._rejected(rejected.problems)

@@ -167,7 +167,10 @@ def _upstream_filters(backend: Backend) -> list[HttpFilter]:
 
 
 def backend_cluster(backend: Backend, defaults: DefaultPolicy, settings: XdsSettings) -> Cluster:
-    """``bk_<id>``: the real endpoints. Its bytes change only when the backend's own words do: an update resets ejections."""
+    """``bk_<id>``: the real endpoints.
+
+    Its bytes change only with what the policy says of this backend, because an update resets ejections.
+    """
     name = names.backend_cluster(backend.id)
     by_address = is_address(backend.uri.host)
     tls: TransportSocket | None = upstream_tls(backend.uri, settings) if backend.uri.scheme == "https" else None

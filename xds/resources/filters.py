@@ -101,7 +101,9 @@ def early_header_mutation() -> TypedExtensionConfig:
         EarlyHeaderMutation(
             mutations=[
                 *(
-                    HeaderMutation(remove_on_match=HeaderMutationRemoveOnMatch(key_matcher=StringMatcher(prefix=prefix)))
+                    HeaderMutation(
+                        remove_on_match=HeaderMutationRemoveOnMatch(key_matcher=StringMatcher(prefix=prefix))
+                    )
                     for prefix in forbidden
                 ),
                 HeaderMutation(remove=names.HEADER_REQUEST_ID),

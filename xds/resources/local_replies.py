@@ -137,9 +137,7 @@ def backend_errors() -> CustomResponse:
         status_code=REFUSALS[reason].status,
         body_format=_format(reason, openai=True, trace_id=""),
     )
-    any_failed = MatcherMatcherListPredicate(
-        or_matcher=MatcherMatcherListPredicatePredicateList(predicate=failed)
-    )
+    any_failed = MatcherMatcherListPredicate(or_matcher=MatcherMatcherListPredicatePredicateList(predicate=failed))
     return CustomResponse(
         custom_response_matcher=Matcher(
             matcher_list=MatcherMatcherList(
@@ -154,5 +152,3 @@ def backend_errors() -> CustomResponse:
             )
         )
     )
-
-

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from itertools import chain
 
 from envoy_data_plane.envoy.config.core.v3 import DataSource, HeaderValueOption
 from envoy_data_plane.envoy.config.route.v3 import (
@@ -150,7 +151,8 @@ def what_decides(policy: Policy, model: ModelName) -> object:
     """The part of a policy that a model's routes are made of: equal values, equal routes."""
     overrides = tuple(o for o in policy.organization_overrides if o.model in (model, ANY))
     entries = tuple(m for m in policy.models if m.model == model)
-    used = {w.backend_id for choice in (*entries, *overrides) for w in choice.backends}
+    choices: tuple[Entry, ...] = (*entries, *overrides)
+    used = {w.backend_id for w in chain.from_iterable(choice.backends for choice in choices)}
     timeouts = tuple(sorted((b.id, b.timeout_s) for b in policy.backends if b.id in used))
     killed = tuple(sorted(k.backend_id for k in policy.kill_switches if k.enabled and k.backend_id in used))
     return ("routes", entries, overrides, timeouts, killed)
@@ -215,7 +217,9 @@ def unrouted_routes(settings: XdsSettings) -> RouteConfiguration:
         Route(match=RouteMatch(prefix=f"{MODELS_PATH}/", headers=get), route=undecided),
         Route(
             match=RouteMatch(path=READYZ_PATH, headers=get),
-            route=RouteAction(cluster=names.CLUSTER_STATUS, prefix_rewrite="/readyz", timeout=seconds(STATUS_TIMEOUT_S)),
+            route=RouteAction(
+                cluster=names.CLUSTER_STATUS, prefix_rewrite="/readyz", timeout=seconds(STATUS_TIMEOUT_S)
+            ),
             typed_per_filter_config=nothing,
         ),
         Route(
@@ -230,9 +234,7 @@ def unrouted_routes(settings: XdsSettings) -> RouteConfiguration:
             typed_per_filter_config=nothing,
         ),
     ]
-    host = VirtualHost(
-        name="unrouted", domains=["*"], routes=routes, request_body_buffer_limit=buffer_bytes(settings)
-    )
+    host = VirtualHost(name="unrouted", domains=["*"], routes=routes, request_body_buffer_limit=buffer_bytes(settings))
     return RouteConfiguration(name=names.model_routes(names.SCOPE_UNROUTED), virtual_hosts=[host])
 
 

@@ -52,9 +52,7 @@ def upstream_tls(uri: BackendUri, settings: XdsSettings) -> TransportSocket:
     kind = SubjectAltNameMatcherSanType.IP_ADDRESS if is_address(uri.host) else SubjectAltNameMatcherSanType.DNS
     validation = CertificateValidationContext(
         trusted_ca=DataSource(filename=ca_file(settings)),
-        match_typed_subject_alt_names=[
-            SubjectAltNameMatcher(san_type=kind, matcher=StringMatcher(exact=uri.host))
-        ],
+        match_typed_subject_alt_names=[SubjectAltNameMatcher(san_type=kind, matcher=StringMatcher(exact=uri.host))],
     )
     context = UpstreamTlsContext(
         common_tls_context=CommonTlsContext(validation_context=validation),
