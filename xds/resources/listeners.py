@@ -115,14 +115,13 @@ def _scoped_routes() -> ScopedRoutes:
 
 def public_listener(settings: XdsSettings) -> Listener:
     """Where clients enter. Its routes are scoped by model, so that an edit pushes one model only."""
-    trace_id = "%TRACE_ID%" if settings.otel_exporter_otlp_endpoint else f"%REQ({names.HEADER_REQUEST_ID})%"
     manager = HttpConnectionManager(
         stat_prefix=names.LISTENER_PUBLIC,
         codec_type=HttpConnectionManagerCodecType.AUTO,
         scoped_routes=_scoped_routes(),
         http_filters=public_filters(),
         early_header_mutation_extensions=[early_header_mutation()],
-        local_reply_config=public_replies(trace_id=trace_id),
+        local_reply_config=public_replies(),
         access_log=[access_log()],
         tracing=_tracing(settings),
         use_remote_address=True,

@@ -39,9 +39,9 @@ from envoy_data_plane.xds.type.matcher.v3 import (
     StringMatcher,
 )
 
+from gateway import names
 from gateway.endpoints import OPENAI_PREFIXES
 from gateway.errors import REFUSALS, Reason, openai_body, router_body
-from gateway.names import DECIDED_DETAILS
 
 JSON = "application/json"
 
@@ -95,16 +95,19 @@ def _mapper(expression: str, reason: Reason, *, openai: bool, trace_id: str) -> 
 
 
 def _public_mappers(trace_id: str) -> Iterator[ResponseMapper]:
-    decided = f"response.code_details.contains('{DECIDED_DETAILS}')"
+    decided = f"response.code_details.contains('{names.DECIDED_DETAILS}')"
     is_openai = " || ".join(f"request.path.startsWith('{prefix}')" for prefix in OPENAI_PREFIXES)
     for expression, reason in _PUBLIC:
         yield _mapper(f"!{decided} && {expression} && ({is_openai})", reason, openai=True, trace_id=trace_id)
         yield _mapper(f"!{decided} && {expression}", reason, openai=False, trace_id=trace_id)
 
 
-def public_replies(*, trace_id: str) -> LocalReplyConfig:
-    """Local replies of the public listener; ``trace_id`` is the substitution command that gives it."""
-    return LocalReplyConfig(mappers=list(_public_mappers(trace_id)))
+def public_replies() -> LocalReplyConfig:
+    """Local replies of the public listener.
+
+    Their trace id is the request id, which spans carry too: Envoy has no span at hand where it formats them.
+    """
+    return LocalReplyConfig(mappers=list(_public_mappers(f"%REQ({names.HEADER_REQUEST_ID})%")))
 
 
 def internal_replies() -> LocalReplyConfig:
