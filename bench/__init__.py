@@ -1,0 +1,1 @@
+"""Speed and memory of the router beside the least that its parts could cost. ``make bench`` runs it."""

@@ -1,0 +1,180 @@
+"""From samples to figures: medians over rounds, ratios within a round, targets, the table and the JSON document."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, Final
+
+from rich.console import Console
+from rich.table import Table
+
+from bench.load import Sample
+from bench.machine import Memory
+
+ONE: Final = 1
+MANY: Final = 16
+RPS_SHARE_MIN: Final = 0.75
+ADDED_P50_MAX_MS: Final = 1.0
+WORKER_MAX_MB: Final = 120.0
+
+MemoryOf = Mapping[str, Mapping[str, Memory]]
+"""Memory by contestant's letter and process name."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Spread:
+    """The median of several rounds, and the lowest and highest of them."""
+
+    median: float
+    low: float
+    high: float
+
+    @classmethod
+    def of(cls, values: Sequence[float]) -> Spread:
+        """Spread of at least one value."""
+        return cls(median=statistics.median(values), low=min(values), high=max(values))
+
+    def text(self, form: str, *, between: str = " ") -> str:
+        """``median (low…high)``, each in the given format."""
+        return f"{self.median:{form}}{between}[dim]({self.low:{form}}…{self.high:{form}})[/dim]"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Target:
+    """A promise and what was measured of it."""
+
+    name: str
+    wanted: str
+    measured: Spread
+    form: str
+    met: bool
+
+
+def spread(samples: Sequence[Sample], letter: str, connections: int, figure: str) -> Spread:
+    """One figure of one contestant over all rounds."""
+    return Spread.of([getattr(s, figure) for s in samples if s.contestant == letter and s.connections == connections])
+
+
+def _paired(
+    samples: Sequence[Sample], connections: int, other: str, figure: str, combine: Callable[[float, float], float]
+) -> Spread:
+    """The router's figure combined with another contestant's of the same round, so that slow drift cancels out."""
+    by_round: dict[int, dict[str, float]] = {}
+    for sample in samples:
+        if sample.connections == connections:
+            by_round.setdefault(sample.round, {})[sample.contestant] = getattr(sample, figure)
+    return Spread.of([combine(of["C"], of[other]) for of in by_round.values()])
+
+
+def targets(samples: Sequence[Sample], memory: MemoryOf) -> list[Target]:
+    """The three promises."""
+    share = _paired(samples, MANY, "B", "requests_per_s", lambda ours, theirs: ours / theirs)
+    added = _paired(samples, ONE, "A", "p50_ms", lambda ours, theirs: ours - theirs)
+    workers = Spread.of([m.rss_mb for name, m in memory["C"].items() if name.startswith("worker ")])
+    return [
+        Target(
+            name=f"requests/s at {MANY} connections, share of the do-nothing ext_proc's",
+            wanted=f"≥ {RPS_SHARE_MIN:.0%}",
+            measured=share,
+            form=".1%",
+            met=share.median >= RPS_SHARE_MIN,
+        ),
+        Target(
+            name="p50 at 1 connection, added to Envoy direct, ms",
+            wanted=f"≤ {ADDED_P50_MAX_MS:.1f}",
+            measured=added,
+            form=".2f",
+            met=added.median <= ADDED_P50_MAX_MS,
+        ),
+        Target(
+            name="resident memory of a worker, MB",
+            wanted=f"≤ {WORKER_MAX_MB:.0f}",
+            measured=workers,
+            form=".0f",
+            met=workers.high <= WORKER_MAX_MB,
+        ),
+    ]
+
+
+_COLUMNS: Final = (
+    (f"requests/s at {MANY}", MANY, "requests_per_s", ",.0f"),
+    ("p50 ms at 1", ONE, "p50_ms", ".2f"),
+    ("p99 ms at 1", ONE, "p99_ms", ".2f"),
+    (f"p50 ms at {MANY}", MANY, "p50_ms", ".2f"),
+    (f"p99 ms at {MANY}", MANY, "p99_ms", ".1f"),
+    ("Envoy CPU µs", MANY, "envoy_cpu_us", ".0f"),
+    ("workers CPU µs", MANY, "workers_cpu_us", ".0f"),
+)
+
+
+def _speed_table(samples: Sequence[Sample], contestants: Mapping[str, str]) -> Table:
+    table = Table(
+        title="Speed: median (lowest…highest round); processor time is per request",
+        title_justify="left",
+        header_style="bold",
+    )
+    table.add_column("")
+    for heading, *_ in _COLUMNS:
+        table.add_column(heading, justify="right")
+    for letter, name in contestants.items():
+        cells = [spread(samples, letter, at, figure).text(form, between="\n") for _, at, figure, form in _COLUMNS]
+        table.add_row(f"{letter}  {name}", *cells)
+    return table
+
+
+def _memory_table(memory: MemoryOf) -> Table:
+    table = Table(title="Memory after the load, MB", title_justify="left", header_style="bold")
+    table.add_column("")
+    table.add_column("process")
+    table.add_column("RSS", justify="right")
+    table.add_column("PSS", justify="right")
+    for letter, processes in memory.items():
+        for process, used in processes.items():
+            table.add_row(letter, process, f"{used.rss_mb:.0f}", f"{used.pss_mb:.0f}")
+    return table
+
+
+def _target_table(found: Sequence[Target]) -> Table:
+    table = Table(title="Targets", title_justify="left", header_style="bold")
+    for heading in ("", "target", "measured", ""):
+        table.add_column(heading)
+    for target in found:
+        verdict = "[green]met[/green]" if target.met else "[red]missed[/red]"
+        table.add_row(target.name, target.wanted, target.measured.text(target.form), verdict)
+    return table
+
+
+def show(
+    console: Console,
+    samples: Sequence[Sample],
+    memory: MemoryOf,
+    hot_path: Mapping[str, float],
+    contestants: Mapping[str, str],
+) -> None:
+    """Print everything that was measured."""
+    steps = ", ".join(f"{step} {us:.1f}" for step, us in hot_path.items() if ":" in step)
+    answered, unwell = sum(s.requests for s in samples), sum(s.not_2xx + s.socket_errors + s.timeouts for s in samples)
+    console.print(_speed_table(samples, contestants), _memory_table(memory), sep="\n")
+    console.print(
+        f"The router's own Python, a request: {hot_path['total']:.0f} µs "
+        f"[dim]({hot_path['best']:.0f}…{hot_path['worst']:.0f})[/dim]: {steps}",
+        f"{answered:,} requests measured; not 2xx, socket errors or timeouts: {unwell}",
+        sep="\n",
+        highlight=False,
+    )
+    console.print(_target_table(targets(samples, memory)))
+
+
+def document(
+    samples: Sequence[Sample], memory: MemoryOf, hot_path: Mapping[str, float], about: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Everything that was measured, with every round's own figures."""
+    return {
+        **about,
+        "targets": [asdict(target) for target in targets(samples, memory)],
+        "rounds": [asdict(sample) for sample in samples],
+        "memory": {letter: {name: asdict(used) for name, used in of.items()} for letter, of in memory.items()},
+        "hot_path_us": dict(hot_path),
+    }
