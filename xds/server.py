@@ -11,7 +11,6 @@ import itertools
 import socket
 import stat
 import time
-from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,14 +22,12 @@ from prometheus_client import CollectorRegistry, Counter, Gauge
 from gateway.telemetry import get_logger
 from xds import wire
 from xds.fleet import Fleet
-from xds.session import DeltaSession, SotwSession
+from xds.session import DeltaSession, History, SotwSession
 from xds.snapshot import Snapshot, short_name
 from xds.staging import Request, Response, Session
 
 SERVICE: Final = "envoy.service.discovery.v3.AggregatedDiscoveryService"
 MESSAGE_MAX_BYTES: Final = 256 * 1024 * 1024
-HISTORY: Final = 8
-"""Earlier snapshots kept to recognise what a reconnecting SotW client holds."""
 SOCKET_MODE: Final = 0o660
 
 _OPTIONS: Final = (
@@ -98,7 +95,7 @@ class AdsServer:
         self.snapshot: Snapshot | None = None
         self._metrics = Metrics(registry)
         self._clock = clock
-        self._history: deque[Snapshot] = deque(maxlen=HISTORY)
+        self._history = History()
         self._news: set[asyncio.Event] = set()
         self._ids = itertools.count(1)
         self._server: grpc.aio.Server | None = None
@@ -108,8 +105,6 @@ class AdsServer:
         """Publish a snapshot to every stream, and to those that open later."""
         if self.snapshot is not None and self.snapshot.version == snapshot.version:
             return
-        if self.snapshot is not None:
-            self._history.appendleft(self.snapshot)
         self.snapshot = snapshot
         self._metrics.published(snapshot)
         for news in self._news:
@@ -155,7 +150,7 @@ class AdsServer:
         )
 
     async def _sotw(self, _: object, context: Context) -> None:
-        session = SotwSession(self.snapshot, history=tuple(self._history))
+        session = SotwSession(self.snapshot, history=self._history)
         await self._serve(
             context,
             Stream(

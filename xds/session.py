@@ -6,11 +6,11 @@ https://www.envoyproxy.io/docs/envoy/latest/api-docs/xds_protocol.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Final
 
 from xds.messages import DeltaRequest, DeltaResponse, SotwRequest, SotwResponse
-from xds.snapshot import Resource, Snapshot, content_version
+from xds.snapshot import ENDPOINTS, Resource, Snapshot, content_version
 from xds.staging import RESPONSE_MAX_BYTES, WILDCARD_TYPES, Session
 from xds.subscription import Change, Subscription
 
@@ -34,13 +34,14 @@ class DeltaSession(Session[DeltaRequest, DeltaResponse]):
             held = (Resource(name=name, version=version, body=b"") for name, version in versions.items())
             self._begin(subscription, wildcard=wildcard, held=held)
         else:
-            _answer(subscription, request.response_nonce, request.error_detail)
+            self._answered(subscription, nonce=request.response_nonce, error_detail=request.error_detail)
         if WILDCARD in request.subscribe:
             self._begin(subscription, wildcard=True)
         if WILDCARD in request.unsubscribe:
             subscription.drop_wildcard()
         subscription.drop(name for name in request.unsubscribe if name != WILDCARD)
-        subscription.ask((name for name in request.subscribe if name != WILDCARD), known=first)
+        known = first and request.type_url != ENDPOINTS  # a cluster that was warming when the stream broke still waits
+        subscription.ask((name for name in request.subscribe if name != WILDCARD), known=known)
         return self._advance()
 
     def _respond(
@@ -55,16 +56,37 @@ class DeltaSession(Session[DeltaRequest, DeltaResponse]):
         )
 
 
+class History:
+    """The newest complete responses by type and version.
+
+    A SotW client that reconnects tells only a version. If what it stands for is known, its clusters stay until
+    its routes have left them.
+    """
+
+    def __init__(self, size_max: int = 64) -> None:
+        self._size_max = size_max
+        self._sent: dict[tuple[str, str], Mapping[str, Resource]] = {}
+
+    def add(self, type_url: str, version: str, resources: Mapping[str, Resource]) -> None:
+        """Remember a response; the oldest makes room."""
+        if self._sent.pop((type_url, version), None) is None and len(self._sent) >= self._size_max:
+            del self._sent[next(iter(self._sent))]
+        self._sent[type_url, version] = dict(resources)
+
+    def find(self, type_url: str, version: str) -> Mapping[str, Resource]:
+        """What a version stood for; empty if it is not known."""
+        return self._sent.get((type_url, version), {})
+
+
 class SotwSession(Session[SotwRequest, SotwResponse]):
     """A stream of StreamAggregatedResources.
 
-    ``history`` holds snapshots that a reconnecting client may have got from an earlier stream, so that its
-    clusters stay until its routes have left them.
+    ``history`` is shared by all streams: by it a reconnecting client is recognised.
     """
 
-    def __init__(self, snapshot: Snapshot | None = None, *, history: Sequence[Snapshot] = ()) -> None:
+    def __init__(self, snapshot: Snapshot | None = None, *, history: History | None = None) -> None:
         super().__init__(snapshot)
-        self._history = history
+        self._history = history or History()
 
     def on_request(self, request: SotwRequest) -> list[SotwResponse]:
         """Take an ACK, a NACK or a new list of names. A request with a stale nonce is ignored."""
@@ -78,7 +100,7 @@ class SotwSession(Session[SotwRequest, SotwResponse]):
         elif request.response_nonce != subscription.nonce:
             return []
         else:
-            _answer(subscription, request.response_nonce, request.error_detail)
+            self._answered(subscription, nonce=request.response_nonce, error_detail=request.error_detail)
         subscription.explicit = subscription.explicit or bool(names)
         if subscription.explicit:
             if WILDCARD in names and not subscription.wildcard:
@@ -91,8 +113,9 @@ class SotwSession(Session[SotwRequest, SotwResponse]):
         return self._advance()
 
     def _held(self, type_url: str, version: str) -> Mapping[str, Resource]:
-        snapshots = [*self._history, *([self._target] if self._target else [])]
-        return next((each.of(type_url) for each in snapshots if each.version_of(type_url) == version), {})
+        if self._target is not None and self._target.version_of(type_url) == version:
+            return self._target.of(type_url)
+        return self._history.find(type_url, version)
 
     def _bytes_max(self, type_url: str) -> int | None:
         return None if type_url in WILDCARD_TYPES else RESPONSE_MAX_BYTES
@@ -104,16 +127,7 @@ class SotwSession(Session[SotwRequest, SotwResponse]):
         if subscription.type_url in WILDCARD_TYPES:
             resources = tuple(resource for _, resource in sorted(subscription.has.items()))
             version = content_version(resources)
+            self._history.add(subscription.type_url, version, subscription.has)
         elif not resources and not owed:
             return None
         return SotwResponse(type_url=subscription.type_url, resources=resources, nonce=nonce, version_info=version)
-
-
-def _answer(subscription: Subscription, nonce: str, error_detail: str | None) -> None:
-    """ACK or NACK the response in flight, if it is the one that the nonce names."""
-    if subscription.in_flight is None or subscription.in_flight.nonce != nonce:
-        return
-    if error_detail is None:
-        subscription.ack()
-    else:
-        subscription.refuse(error_detail)

@@ -74,6 +74,7 @@ class Session(ABC, Generic[Request, Response]):
         self._target = snapshot
         self._in_force: Snapshot | None = None  # where pointers come from until the clusters are provided
         self._stage = Stage.PROVIDE
+        self._given_up: dict[str, dict[str, Resource]] = {}  # of targets that a newer one replaced while in PROVIDE
         self._union: dict[str, Mapping[str, Resource]] = {}
         self._subscriptions: dict[str, Subscription] = {}
         self._nonces = 0
@@ -109,9 +110,29 @@ class Session(ABC, Generic[Request, Response]):
         """Lead the client to a snapshot; one that is under way is given up."""
         if snapshot.version == self.version:
             return []
+        if self._target is not None and self._stage is Stage.PROVIDE:
+            self._keep_asked_for(self._target)
         self._target = snapshot
         self._enter(Stage.PROVIDE)
         return self._advance()
+
+    def _keep_asked_for(self, given_up: Snapshot) -> None:
+        """A cluster that is under way may still ask for its endpoints; without them its ACK never comes."""
+        for type_url in given_up.resources.keys() - WILDCARD_TYPES - POINTERS:
+            self._given_up.setdefault(type_url, {}).update(given_up.of(type_url))
+
+    def _answered(self, subscription: Subscription, *, nonce: str, error_detail: str | None) -> None:
+        """ACK or NACK the response in flight, if it is the one that the nonce names."""
+        sent = subscription.in_flight
+        if sent is None or sent.nonce != nonce:
+            return
+        if error_detail is None:
+            subscription.ack()
+            return
+        subscription.refuse(error_detail)
+        for resource in sent.upserts:
+            self._given_up.get(subscription.type_url, {}).pop(resource.name, None)
+        self._union.clear()
 
     def _open(self, type_url: str) -> Subscription:
         subscription = self._subscriptions[type_url] = Subscription(type_url)
@@ -186,15 +207,13 @@ class Session(ABC, Generic[Request, Response]):
 
     def _view(self, type_url: str, target: Snapshot) -> Mapping[str, Resource] | None:
         """What the client should see of a type in this stage; None: nothing yet."""
-        before = self._in_force
         if self._stage is not Stage.PROVIDE:
             return target.of(type_url)
         if type_url in POINTERS:
-            return before.of(type_url) if before else None
-        if before is None:
-            return target.of(type_url)
+            return self._in_force.of(type_url) if self._in_force else None
         if type_url not in self._union:
-            self._union[type_url] = {**before.of(type_url), **target.of(type_url)}
+            in_force = self._in_force.of(type_url) if self._in_force else {}
+            self._union[type_url] = {**self._given_up.get(type_url, {}), **in_force, **target.of(type_url)}
         return self._union[type_url]
 
     def _enter(self, stage: Stage) -> None:
@@ -202,6 +221,7 @@ class Session(ABC, Generic[Request, Response]):
         self._union.clear()
         if stage is Stage.REPOINT:
             self._in_force = self._target
+            self._given_up.clear()
         for subscription in self._subscriptions.values():
             view = self._view(subscription.type_url, self._target) if self._target else None
             if view is not None:

@@ -89,11 +89,11 @@ def write_delta_response(response: DeltaResponse) -> bytes:
     for resource in response.resources:
         value = type_url + _field(2, resource.body)
         parts.append(
-            _field(2, _field(1, resource.version.encode()) + _field(2, value) + _field(3, resource.name.encode()))
+            _element(2, _field(1, resource.version.encode()) + _field(2, value) + _field(3, resource.name.encode()))
         )
     parts.append(_field(4, response.type_url.encode()))
     parts.append(_field(5, response.nonce.encode()))
-    parts.extend(_field(6, name.encode()) for name in response.removed)
+    parts.extend(_element(6, name.encode()) for name in response.removed)
     return b"".join(parts)
 
 
@@ -101,7 +101,7 @@ def write_sotw_response(response: SotwResponse) -> bytes:
     """Encode a DiscoveryResponse."""
     type_url = _field(1, response.type_url.encode())
     parts = [_field(1, response.version_info.encode())]
-    parts.extend(_field(2, type_url + _field(2, resource.body)) for resource in response.resources)
+    parts.extend(_element(2, type_url + _field(2, resource.body)) for resource in response.resources)
     parts.append(_field(4, response.type_url.encode()))
     parts.append(_field(5, response.nonce.encode()))
     return b"".join(parts)
@@ -109,7 +109,12 @@ def write_sotw_response(response: SotwResponse) -> bytes:
 
 def _field(number: int, value: bytes) -> bytes:
     """A length-delimited field; an empty one is left out, as proto3 does."""
-    return bytes((number << 3 | _BYTES,)) + _varint(len(value)) + value if value else b""
+    return _element(number, value) if value else b""
+
+
+def _element(number: int, value: bytes) -> bytes:
+    """One element of a repeated length-delimited field."""
+    return bytes((number << 3 | _BYTES,)) + _varint(len(value)) + value
 
 
 def _varint(value: int) -> bytes:
