@@ -20,6 +20,7 @@ _SPACE: Final = re.compile(r"[ \t\n\r]*")
 # A number that might not fit 64 bits must have one of these in it.
 _SUSPECT: Final = re.compile(r"[0-9]{16}|[eE][+-]?[0-9]{2}")
 _INT_MAX: Final = 2**63
+_SURROGATE: Final = re.compile("[\ud800-\udfff]")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -43,6 +44,12 @@ class Document:
         """A top-level member's value as it was written."""
         start, end = self.place(name)
         return self.text[start:end]
+
+
+def written(value: Any) -> str:
+    """JSON text of a value that UTF-8 can carry: with an unpaired surrogate in it, all of it in escapes."""
+    text = json.dumps(value, ensure_ascii=False)
+    return text if _SURROGATE.search(text) is None else json.dumps(value)
 
 
 def _malformed(text: str, param: str | None = None) -> Refused:

@@ -22,6 +22,7 @@ from extproc.exchange import (
     RequestHeaders,
     ResponseBody,
     ResponseHeaders,
+    Rewrite,
     advance,
 )
 from extproc.keys.record import Caller
@@ -97,7 +98,7 @@ class Decision:
                     return self._on_request_body(event)
                 case ResponseHeaders():
                     self._answer_headers = event.headers
-                    return self._on_answer(b"") if event.ends else Continue()
+                    return self._on_empty_answer() if event.ends else Continue()
                 case ResponseBody():
                     return self._on_answer(event.body)
         except Refused as refused:
@@ -112,6 +113,8 @@ class Decision:
         key = presented_key(event.headers.get(names.HEADER_AUTHORIZATION), event.headers.get(names.HEADER_API_KEY))
         self._caller = await authenticate(key, self._deciders.keys, self._started_s)
         if self._endpoint is _MODELS:
+            if not path.startswith(MODELS_PATH):  # CONNECT has no path, and no route of Envoy's turns it away
+                raise Refused(Reason.PATH_UNKNOWN)
             require_scope(self._caller, "models")
             return self._models(path, self._caller)
         require_scope(self._caller, "inference")
@@ -160,6 +163,13 @@ class Decision:
             verify_signature(caller, ask.inference.signature_hex, ask.inference.payload.encode())
         else:
             verify_signature(caller, over_body, body)
+
+    def _on_empty_answer(self) -> Command:
+        """There is no body whose replacement could carry the answer: it has to be a reply of ours."""
+        command = self._on_answer(b"")
+        if not isinstance(command, Rewrite):
+            return command
+        return Reply(status=command.status or int(self._answer_headers[":status"]), body=command.body)
 
     def _on_answer(self, body: bytes) -> Command:
         ask, inference = self._ask, self._ask.inference if self._ask else None

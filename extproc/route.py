@@ -6,7 +6,7 @@ import json
 from dataclasses import dataclass
 
 from extproc.exchange import Forward
-from extproc.json_body import Document
+from extproc.json_body import Document, written
 from extproc.keys.record import Caller
 from extproc.validate import Ask
 from gateway import names
@@ -71,7 +71,7 @@ def _ask_for_usage(document: Document) -> Edit | None:
     if "stream_options" not in document.members:
         opening = document.text.index("{") + 1
         return Edit(opening, opening, '"stream_options":{"include_usage":true},')
-    wanted = json.dumps({**(options or {}), "include_usage": True}, ensure_ascii=False)
+    wanted = written({**(options or {}), "include_usage": True})
     return Edit(*document.place("stream_options"), wanted)
 
 

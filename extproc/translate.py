@@ -8,9 +8,10 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any, Final, NoReturn
 
 from extproc.exchange import Rewrite
+from extproc.json_body import written
 from gateway.errors import REFUSALS, Reason, router_body
 from policies.model import Price
 
@@ -43,11 +44,15 @@ def cost_micro_usd(price: Price | None, *, tokens_input: int, tokens_output: int
     return -(-thousandths // 1000)
 
 
+def _not_json(constant: str) -> NoReturn:
+    raise ValueError(constant)
+
+
 def answer(*, status: int, body: bytes, request_id: str, latency_ms: int, price: Price | None, trace: Trace) -> Rewrite:
     """The client's response to a backend's answer of any status."""
     try:
-        output = json.loads(body) if body else None
-    except ValueError:
+        output = json.loads(body, parse_constant=_not_json) if body else None
+    except (ValueError, RecursionError):
         output = None
     if status >= 400:  # noqa: PLR2004
         return _failure(status, output, trace)
@@ -71,7 +76,7 @@ def answer(*, status: int, body: bytes, request_id: str, latency_ms: int, price:
         "trace_id": trace.trace_id,
         "span_id": trace.span_id,
     }
-    return Rewrite(body=json.dumps(response, ensure_ascii=False).encode())
+    return Rewrite(body=written(response).encode())
 
 
 def _failure(status: int, output: object, trace: Trace) -> Rewrite:
@@ -79,13 +84,14 @@ def _failure(status: int, output: object, trace: Trace) -> Rewrite:
     error = output.get("error") if isinstance(output, dict) else None
     said: Mapping[str, Any] = error if isinstance(error, dict) else {}
     known = _CODES.get(str(said.get("code")))
-    if known is not None and known.status == status:
-        code, text = known.code, known.text
-    elif status >= 500:  # noqa: PLR2004
-        known = REFUSALS[Reason.BACKEND_ERROR]
+    if known is not None and known.status != status:
+        known = None
+    if status >= 500:  # noqa: PLR2004
+        known = known or REFUSALS[Reason.BACKEND_ERROR]
         code, text, status = known.code, known.text, known.status
     else:
         # The request's own fault, in the backend's words: what a client of the OpenAI endpoints would read too.
         message = said.get("message")
-        code, text = "INVALID_REQUEST", message if isinstance(message, str) else _REJECTED
+        code = known.code if known else REFUSALS[Reason.MALFORMED_BODY].code
+        text = message if isinstance(message, str) else _REJECTED
     return Rewrite(body=router_body(code=code, text=text, trace_id=trace.trace_id), status=status)

@@ -6,13 +6,12 @@ checked. /v1/inference is the router's own schema and becomes a completion or ch
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Final
 
-from extproc.json_body import Document, parse
+from extproc.json_body import Document, parse, written
 from gateway.endpoints import CHAT_PATH, COMPLETION_PATH, Endpoint, Kind
 from gateway.errors import Reason, Refused
 from policies.model import ModelName
@@ -207,7 +206,7 @@ def _call(content_type: str, model: str, payload: str, parameters: Mapping[str, 
     except Refused as refused:
         parent = "parameters" if (refused.param or "").partition(".")[0] in parameters else "payload"
         raise Refused(refused.reason, f"In '{parent}': {refused.text}", param=f"{parent}.{refused.param}") from refused
-    return path, Document(text=json.dumps(call, ensure_ascii=False), members=call)
+    return path, Document(text=written(call), members=call)
 
 
 def _json_payload(payload: str) -> dict[str, Any]:
