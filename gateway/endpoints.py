@@ -35,6 +35,7 @@ INFERENCE_PATH: Final = "/v1/inference"
 CHAT_PATH: Final = "/v1/chat/completions"
 COMPLETION_PATH: Final = "/v1/completions"
 MODELS_PATH: Final = "/v1/models"
+STATUS_PREFIX: Final = "/v1/status/"
 HEALTHZ_PATH: Final = "/v1/status/healthz"
 READYZ_PATH: Final = "/v1/status/readyz"
 

@@ -27,7 +27,7 @@ class Collector(trace_service_pb2_grpc.TraceServiceServicer):
         self._spans: list[Any] = []
         self._lock = threading.Lock()
 
-    def Export(self, request: Any, context: Any) -> Any:  # noqa: N802 - the generated name
+    def Export(self, request: Any, context: Any) -> Any:
         with self._lock:
             self._spans += [s for r in request.resource_spans for scope in r.scope_spans for s in scope.spans]
         return trace_service_pb2.ExportTraceServiceResponse()

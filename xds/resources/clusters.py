@@ -8,6 +8,7 @@ from envoy_data_plane.envoy.config.cluster.v3 import (
     Cluster,
     ClusterCommonLbConfig,
     ClusterDiscoveryType,
+    ClusterDnsLookupFamily,
     ClusterEdsClusterConfig,
     OutlierDetection,
 )
@@ -181,6 +182,8 @@ def backend_cluster(backend: Backend, defaults: DefaultPolicy, settings: XdsSett
         eds_cluster_config=ClusterEdsClusterConfig(eds_config=ads()) if by_address else None,
         load_assignment=None if by_address else endpoints(backend),
         respect_dns_ttl=not by_address,
+        # By itself Envoy takes IPv6 first, and then never tries IPv4: localhost would mean ::1 alone.
+        dns_lookup_family=ClusterDnsLookupFamily.V4_PREFERRED,
         connect_timeout=seconds(min(2.0, backend.timeout_s)),
         transport_socket=tls,
         health_checks=checks,

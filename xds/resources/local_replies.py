@@ -40,7 +40,7 @@ from envoy_data_plane.xds.type.matcher.v3 import (
 )
 
 from gateway import names
-from gateway.endpoints import OPENAI_PREFIXES
+from gateway.endpoints import OPENAI_PREFIXES, STATUS_PREFIX
 from gateway.errors import REFUSALS, Reason, openai_body, router_body
 
 JSON = "application/json"
@@ -50,6 +50,7 @@ _PUBLIC: tuple[tuple[str, Reason], ...] = (
     ("response.code == 413", Reason.BODY_TOO_LARGE),
     ("response.code == 408", Reason.REQUEST_TIMEOUT),
     ("response.code == 404", Reason.PATH_UNKNOWN),
+    (f"response.code == 504 && request.path.startsWith('{STATUS_PREFIX}')", Reason.SERVICE_DOWN),
     ("response.code == 504", Reason.BACKEND_TIMEOUT),
     ("response.code == 503 && response.code_details == 'direct_response'", Reason.NO_BACKEND),
     ("response.code >= 500", Reason.SERVICE_DOWN),
