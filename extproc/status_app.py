@@ -20,13 +20,14 @@ from starlette.routing import Route
 from extproc.keys.redis_store import redis_client
 from extproc.policy import FollowedPolicy
 from extproc.status import StatusReporter
+from gateway.endpoints import READYZ_PATH
 from gateway.http import serve, tcp_listener, unix_listener
 from gateway.settings import ExtprocSettings
 from gateway.telemetry import Logger
 
 
 def build_app(reporter: StatusReporter, *, metrics_dir: Path, workers: Callable[[], tuple[int, int]]) -> Starlette:
-    """``/readyz`` for Envoy's status route and ``/metrics`` for Prometheus."""
+    """Readiness for Envoy's status route and ``/metrics`` for Prometheus."""
     registry = CollectorRegistry()
     MultiProcessCollector(registry, path=str(metrics_dir))  # type: ignore[no-untyped-call]
     ProcessCollector(registry=registry)
@@ -42,7 +43,7 @@ def build_app(reporter: StatusReporter, *, metrics_dir: Path, workers: Callable[
         text = await asyncio.to_thread(generate_latest, registry)
         return Response(text, media_type=CONTENT_TYPE_LATEST)
 
-    return Starlette(routes=[Route("/readyz", readyz), Route("/metrics", metrics)])
+    return Starlette(routes=[Route(READYZ_PATH, readyz), Route("/metrics", metrics)])
 
 
 @contextlib.asynccontextmanager

@@ -217,9 +217,7 @@ def unrouted_routes(settings: XdsSettings) -> RouteConfiguration:
         Route(match=RouteMatch(prefix=f"{MODELS_PATH}/", headers=get), route=undecided),
         Route(
             match=RouteMatch(path=READYZ_PATH, headers=get),
-            route=RouteAction(
-                cluster=names.CLUSTER_STATUS, prefix_rewrite="/readyz", timeout=seconds(STATUS_TIMEOUT_S)
-            ),
+            route=RouteAction(cluster=names.CLUSTER_STATUS, timeout=seconds(STATUS_TIMEOUT_S)),
             typed_per_filter_config=nothing,
         ),
         Route(

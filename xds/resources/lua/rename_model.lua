@@ -10,6 +10,6 @@ function envoy_on_request(handle)
   offset, length = tonumber(offset), tonumber(length)
   local tail = offset + length
   handle:headers():remove("content-length")
-  local renamed = body:getBytes(0, offset) .. handle:filterContext()["model"] .. body:getBytes(tail, size - tail)
+  local renamed = body:getBytes(0, offset) .. handle:filterContext():get("model") .. body:getBytes(tail, size - tail)
   handle:headers():replace("content-length", tostring(body:setBytes(renamed)))
 end
