@@ -47,6 +47,24 @@ def policy_of(
     }
 
 
+def model_of(
+    split: Mapping[str, int],
+    *,
+    model: str = "gpt-4o",
+    organization_id: str = "*",
+    lists: Mapping[str, Mapping[str, Sequence[str]]] | None = None,
+    degraded: Sequence[str] = (),
+) -> dict[str, Any]:
+    """A model entry: weights by backend id; ``lists`` gives backends their ``allow_list`` or ``deny_list``."""
+    backends = [{"backend_id": b, "weight": weight, **(lists or {}).get(b, {})} for b, weight in split.items()]
+    return {
+        "model": model,
+        "organization_id": organization_id,
+        "backends": backends,
+        "degraded_backends": list(degraded),
+    }
+
+
 class Stack:
     """A running router. ``mocks`` by backend id; ``url`` is Envoy's public listener."""
 
@@ -81,10 +99,13 @@ class Stack:
             for mock, port in zip(mocks, mock_ports, strict=True)
         }
         self.mocks: dict[str, MockControl] = {}
+        self.http = httpx.Client(trust_env=False, timeout=10)
         self.valkey = self._process("valkey", *_valkey_command(self.directory)) if valkey else None
         self.xds = self._python("xds", "xds")
         self.extproc = self._python("extproc", "extproc")
-        admin = {"admin": {"address": {"socket_address": {"address": "127.0.0.1", "port_value": self.envoy_admin_port}}}}
+        admin = {
+            "admin": {"address": {"socket_address": {"address": "127.0.0.1", "port_value": self.envoy_admin_port}}}
+        }
         self.envoy = self._process(
             "envoy",
             str(ENVOY),
@@ -135,19 +156,19 @@ class Stack:
 
     def xds_status(self) -> dict[str, Any]:
         """The control plane's own view."""
-        status: dict[str, Any] = httpx.get(f"{self.admin_url}/status", trust_env=False).json()
+        status: dict[str, Any] = self.http.get(f"{self.admin_url}/status").json()
         return status
 
     def readyz(self) -> httpx.Response | None:
         """Readiness through Envoy; None while nobody listens."""
         try:
-            return httpx.get(f"{self.url}/v1/status/readyz", trust_env=False)
+            return self.http.get(f"{self.url}/v1/status/readyz")
         except httpx.TransportError:
             return None
 
     def stats(self, prefix: str) -> dict[str, int]:
         """Envoy's counters and gauges whose names contain ``prefix``."""
-        found = httpx.get(f"{self.envoy_url}/stats", params={"format": "json", "filter": prefix}, trust_env=False)
+        found = self.http.get(f"{self.envoy_url}/stats", params={"format": "json", "filter": prefix})
         return {stat["name"]: stat["value"] for stat in found.json()["stats"] if "value" in stat}
 
     def client(self, key: str | None = KEY, **options: Any) -> httpx.Client:
@@ -157,7 +178,7 @@ class Stack:
 
     def contacted(self) -> int:
         """How many requests (health checks apart) all backends have received since the last clear."""
-        return sum(mock.count().total for mock in self.mocks.values())
+        return sum(mock.count() for mock in self.mocks.values())
 
     def reset(self) -> None:
         """Heal the backends and forget what they received."""
@@ -181,6 +202,7 @@ class Stack:
 
     def stop(self) -> None:
         """Stop everything and remove the directory."""
+        self.http.close()
         for mock in self.mocks.values():
             mock.close()
         for process in reversed(self.processes):

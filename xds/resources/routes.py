@@ -47,7 +47,7 @@ from xds.resources.filters import EXT_PROC
 from xds.resources.listeners import buffer_bytes
 
 RETRY_ON = "5xx,connect-failure,reset,refused-stream,retriable-status-codes"
-STATUS_TIMEOUT_S = 0.9
+STATUS_TIMEOUT_S = 0.8
 _OVERHEAD_US = f"{names.INTERNAL_HEADER_PREFIX}overhead-us"
 """Set by the route, turned into milliseconds by the virtual host, removed by the route configuration: Envoy evaluates
 response headers in this order, and one level sees only what an earlier one has added."""
