@@ -91,7 +91,7 @@ def _judge(key: PresentedKey, record: KeyRecord | None, now: float) -> Caller:
         raise Refused(Reason.KEY_REVOKED)
     if record.status != "active" or (record.expires_at is not None and record.expires_at <= now):
         raise Refused(Reason.KEY_EXPIRED)
-    return record.caller()
+    return record.caller
 
 
 def verify_signature(caller: Caller, signature_hex: str | None, message: bytes) -> None:

@@ -15,8 +15,8 @@ _late: set[asyncio.Task[Any]] = set()
 async def within(deadline_s: float, call: Coroutine[Any, Any, T]) -> T:
     """Result of ``call``, which is cancelled and left to end by itself when it takes longer.
 
-    ``asyncio.timeout`` would wait for the cancelled code to end; redis-py 8.1, waiting for a pooled connection to a
-    frozen server, was seen to go on connecting for 20 s after its cancellation.
+    ``asyncio.timeout`` would wait for the cancelled code to end, and cancellations do get lost: ``asyncio.wait_for`` of
+    Python 3.11, which redis-py sends through when it has a socket timeout, drops one that arrives as the sending ends.
 
     Raises:
         TimeoutError: no result within the deadline.

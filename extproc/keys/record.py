@@ -70,10 +70,11 @@ class KeyRecord:
     allowed_models: frozenset[str] | None = None
     signing_secret: str | None = field(default=None, repr=False)
     require_signature: bool = False
+    caller: Caller = field(init=False, repr=False, compare=False)
+    """The record as the steps after authentication see it: made once, not once a request."""
 
-    def caller(self) -> Caller:
-        """The record as the steps after authentication see it."""
-        return Caller(
+    def __post_init__(self) -> None:
+        caller = Caller(
             key_id=self.id,
             organization_id=self.organization_id,
             principal_id=self.principal_id,
@@ -82,6 +83,7 @@ class KeyRecord:
             signing_secret=self.signing_secret,
             require_signature=self.require_signature,
         )
+        object.__setattr__(self, "caller", caller)
 
 
 class RecordInvalid(ValueError):

@@ -25,6 +25,7 @@ from gateway.telemetry import Logger
 
 CHANNEL: Final = "router:keys:changed"
 DEADLINE_S: Final = 0.5
+SUBSCRIBE_DEADLINE_S: Final = 2.0
 CONNECTIONS_MAX: Final = 32
 PING_INTERVAL_S: Final = 5.0
 BACKOFF_FIRST_S: Final = 0.05
@@ -74,7 +75,9 @@ def redis_client(address: str) -> Redis:
         max_connections=CONNECTIONS_MAX,
         timeout=DEADLINE_S,
         socket_connect_timeout=DEADLINE_S * 2,
-        socket_timeout=DEADLINE_S * 2,  # not of a subscription's reads, which have their own
+        # With a socket timeout redis-py sends through asyncio.wait_for, which on Python 3.11 loses a cancellation that
+        # arrives as the sending ends: every call here has a deadline of its own instead.
+        socket_timeout=None,
         retry=Retry(NoBackoff(), 1),
     )
     return Redis.from_pool(pool)
@@ -137,7 +140,7 @@ class RedisKeys:
             began = asyncio.get_running_loop().time()
             try:
                 async with self._client.pubsub() as subscription:
-                    await subscription.subscribe(CHANNEL)
+                    await within(SUBSCRIBE_DEADLINE_S, subscription.subscribe(CHANNEL))
                     await self._follow(subscription, invalidate)
             except (RedisError, OSError) as error:  # TimeoutError is an OSError
                 if backoff_s == BACKOFF_FIRST_S:
@@ -155,7 +158,9 @@ class RedisKeys:
         """
         unanswered = 0
         while True:
-            message = await subscription.get_message(timeout=self._ping_interval_s)
+            # The read has its time; the rest is for the reconnection that it may do before.
+            reading = subscription.get_message(timeout=self._ping_interval_s)
+            message = await within(self._ping_interval_s + SUBSCRIBE_DEADLINE_S, reading)
             if message is not None:
                 unanswered = 0
                 self._hand_on(message, invalidate)
@@ -163,7 +168,10 @@ class RedisKeys:
             if unanswered == 2:  # noqa: PLR2004
                 raise TimeoutError
             unanswered += 1
-            await subscription.ping()
+            await within(self._ping_interval_s, self._ping(subscription))
+
+    async def _ping(self, subscription: PubSub) -> None:
+        await subscription.ping()
 
     def _hand_on(self, message: dict[str, Any], invalidate: Invalidate) -> None:
         if message["type"] == "subscribe":

@@ -50,6 +50,7 @@ class UserOrgService:
     def __init__(self) -> None:
         self.asked: list[str] = []
         self.was_asked = asyncio.Event()
+        self._writers: dict[asyncio.Task[Any], asyncio.StreamWriter] = {}
         self.status = 200
         self.released = asyncio.Event()
         self.released.set()
@@ -64,6 +65,10 @@ class UserOrgService:
         assert self._server
         self.released.set()
         self._server.close()
+        for writer in self._writers.values():
+            writer.close()
+        if self._writers:
+            await asyncio.wait(self._writers)
 
     @property
     def url(self) -> str:
@@ -71,6 +76,7 @@ class UserOrgService:
         return f"http://127.0.0.1:{self._server.sockets[0].getsockname()[1]}"
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self._writers[cast("asyncio.Task[Any]", asyncio.current_task())] = writer
         try:
             while True:
                 head = (await reader.readuntil(b"\r\n\r\n")).decode().lower()

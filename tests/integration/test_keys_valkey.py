@@ -245,6 +245,17 @@ async def test_subscription_to_a_server_that_vanished_is_given_up_and_made_anew(
         await client.aclose(close_connection_pool=True)
 
 
+async def test_following_ends_whenever_it_is_cancelled(valkey: Valkey, events: Events) -> None:
+    for turn in range(80):
+        client = redis_client(valkey.address)
+        watching = asyncio.create_task(RedisKeys(client, log=cast(Any, events)).watch(lambda _: None))
+        await asyncio.sleep(turn * 0.000_15)  # sweeps over connecting, subscribing and reading
+        watching.cancel()
+        done, _ = await asyncio.wait({watching}, timeout=5)
+        await client.aclose(close_connection_pool=True)
+        assert done, f"still there when cancelled in turn {turn}"
+
+
 def test_keys_are_stored_as_digests_in_both_stores(valkey: Valkey, tmp_path: Path) -> None:
     path = tmp_path / "keys.yaml"
     stores = ["--file", str(path), "--redis", valkey.address]

@@ -34,7 +34,7 @@ def a_record(key: str = "rk-alice", **changes: Any) -> KeyRecord:
 
 
 def a_caller(**changes: Any) -> Caller:
-    return a_record(**changes).caller()
+    return a_record(**changes).caller
 
 
 class FakeKeys:
@@ -308,4 +308,4 @@ def test_allowed_models_none_is_every_model_and_empty_is_no_model() -> None:
 
 def test_signing_secret_is_never_shown() -> None:
     record = a_record(signing_secret=SECRET)
-    assert SECRET not in f"{record!r} {record} {record.caller()!r}"
+    assert SECRET not in f"{record!r} {record} {record.caller!r}"
