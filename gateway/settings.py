@@ -37,7 +37,7 @@ class CommonSettings(BaseSettings):
     log_level: Literal["debug", "info", "warning", "error"] = "info"
     log_format: Literal["json", "console"] = "json"
     run_dir: Path = Path(".run")
-    """Unix sockets and pid files; short, because a socket path holds 107 bytes."""
+    """Unix sockets, the same path for every program and for Envoy; short, because a socket path holds 107 bytes."""
     state_dir: Path | None = None
     """What survives a restart: the last good policy. Default: RUN_DIR."""
     policy_dir: Path = Path("policies")

@@ -81,7 +81,7 @@ class ResourceBuilder:
         settings, defaults = self._settings, policy.default_policy
         built = {
             names.CLUSTER_EXTPROC: self._encoded("extproc", lambda: clusters.extproc_cluster(settings)),
-            names.CLUSTER_STATUS: self._encoded("status", clusters.status_cluster),
+            names.CLUSTER_STATUS: self._encoded("status", lambda: clusters.status_cluster(settings)),
             names.CLUSTER_UNROUTED: self._encoded("unrouted", clusters.unrouted_cluster),
         }
         if settings.otel_exporter_otlp_endpoint:

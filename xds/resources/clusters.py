@@ -197,7 +197,7 @@ def backend_cluster(backend: Backend, defaults: DefaultPolicy, settings: XdsSett
 def extproc_cluster(settings: XdsSettings) -> Cluster:
     """The ext_proc workers, each on its own unix socket; a dead one gets no traffic."""
     name = names.CLUSTER_EXTPROC
-    sockets = [pipe_address(settings.worker_socket(worker)) for worker in range(settings.extproc_workers)]
+    sockets = [pipe_address(str(settings.run_dir.absolute() / settings.worker_socket(worker))) for worker in range(settings.extproc_workers)]
     return Cluster(
         name=name,
         type=ClusterDiscoveryType.STATIC,
@@ -221,14 +221,14 @@ def extproc_cluster(settings: XdsSettings) -> Cluster:
     )
 
 
-def status_cluster() -> Cluster:
+def status_cluster(settings: XdsSettings) -> Cluster:
     """The status server of the ext_proc supervisor, beside its workers."""
     name = names.CLUSTER_STATUS
     return Cluster(
         name=name,
         type=ClusterDiscoveryType.STATIC,
         connect_timeout=seconds(0.5),
-        load_assignment=assignment(name, pipe_address(STATUS_SOCKET)),
+        load_assignment=assignment(name, pipe_address(str(settings.run_dir.absolute() / STATUS_SOCKET))),
         typed_extension_protocol_options=_protocol(_http1()),
     )
 

@@ -83,5 +83,5 @@ def socket_address(host: str, port: int) -> Address:
 
 
 def pipe_address(path: str) -> Address:
-    """A unix socket; a relative path is relative to Envoy's working directory."""
+    """A unix socket."""
     return Address(pipe=Pipe(path=path))

@@ -173,6 +173,8 @@ def model_routes(policy: Policy, model: ModelName, settings: XdsSettings) -> Rou
         request_headers_to_remove=[
             names.HEADER_AUTHORIZATION,
             names.HEADER_API_KEY,
+            "proxy-authorization",
+            "api-key",  # where clients made for other gateways repeat their key
             names.HEADER_SIGNATURE,
             names.HEADER_ORGANIZATION,
             names.HEADER_VARIANT,
