@@ -33,7 +33,7 @@ async def process(_: Any, context: Any) -> None:
 async def serve(socket: str) -> None:
     """Listen on a unix socket until SIGTERM."""
     server = grpc.aio.server(options=[("grpc.so_reuseport", 0), ("grpc.max_concurrent_streams", 10_000)])
-    handlers = {"Process": grpc.stream_stream_rpc_method_handler(process)}
+    handlers: dict[str, Any] = {"Process": grpc.stream_stream_rpc_method_handler(process)}
     server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(SERVICE, handlers),))
     health = HealthServicer()
     health_pb2_grpc.add_HealthServicer_to_server(health, server)

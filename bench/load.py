@@ -52,7 +52,7 @@ class Sample:
     timeouts: int
 
 
-def measure(contestant: Contestant, *, key: str, connections: int, seconds: float, number: int) -> Sample:
+def measure(contestant: Contestant, *, key: str, connections: int, seconds: int, number: int) -> Sample:
     """Load one contestant for ``seconds``; ``number`` is the round's.
 
     Raises:
@@ -81,14 +81,14 @@ def measure(contestant: Contestant, *, key: str, connections: int, seconds: floa
     )
 
 
-def _wrk(url: str, *, key: str, connections: int, seconds: float) -> dict[str, int]:
-    command = ["wrk", "-t1", f"-c{connections}", f"-d{seconds:g}s", "--timeout", "5s", "-s", str(_SCRIPT), url + PATH]
+def _wrk(url: str, *, key: str, connections: int, seconds: int) -> dict[str, int]:
+    command = ["wrk", "-t1", f"-c{connections}", f"-d{seconds}s", "--timeout", "5s", "-s", str(_SCRIPT), url + PATH]
     environ = {**os.environ, "BENCH_BODY": BODY, "BENCH_KEY": key}
     try:
         run = subprocess.run(
             command, env=environ, capture_output=True, text=True, timeout=seconds + _WAIT_S, check=True
         )
     except (subprocess.CalledProcessError, subprocess.TimeoutExpired) as error:
-        raise LoadFailed(f"{error}\n{error.stdout or ''}{error.stderr or ''}") from error
+        raise LoadFailed(f"{error}\n{error.stdout!r} {error.stderr!r}") from error
     said: dict[str, int] = json.loads(run.stdout.strip().splitlines()[-1])
     return said
