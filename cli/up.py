@@ -12,6 +12,7 @@ import sys
 import time
 import uuid
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, Final
 
@@ -54,19 +55,23 @@ async def _run(settings: UpSettings, run_dir: Path, *, as_json: bool, verbose: b
     programs = stack.programs(settings, run_dir)
     supervisor = Supervisor(programs, start_timeout_s=settings.start_timeout_s, stop_timeout_s=settings.stop_timeout_s)
     stop, kill = stop_on(*SIGNALS)
-    beside = [asyncio.ensure_future(_show_progress(supervisor))]
-    if verbose:
-        beside.append(asyncio.ensure_future(_follow([program.log for program in programs])))
+    with ExitStack() as progress:
+        beside: list[asyncio.Task[None]] = []
+        if verbose:
+            beside.append(asyncio.create_task(_follow([program.log for program in programs])))
+        elif sys.stderr.isatty():
+            beside.append(asyncio.create_task(_show_progress(supervisor, progress)))
 
-    def on_ready() -> None:
-        report = _report(settings, supervisor, seconds=time.monotonic() - began)
-        _say(json.dumps(report) if as_json else _as_text(report), to_stdout=True)
+        def on_ready() -> None:
+            progress.close()
+            report = _report(settings, supervisor, seconds=time.monotonic() - began)
+            _say(json.dumps(report) if as_json else _as_text(report), to_stdout=True)
 
-    try:
-        await supervisor.run(stop=stop, kill=kill, on_ready=on_ready)
-    finally:
-        for task in beside:
-            task.cancel()
+        try:
+            await supervisor.run(stop=stop, kill=kill, on_ready=on_ready)
+        finally:
+            for task in beside:
+                task.cancel()
     _say("stopped")
 
 
@@ -121,16 +126,14 @@ def _as_text(report: dict[str, Any]) -> str:
     return "\n".join([*table, "", *report["try"], "", *urls, "", ready])
 
 
-async def _show_progress(supervisor: Supervisor) -> None:
-    """On a terminal, name what is being waited for."""
-    if not sys.stderr.isatty():
-        return
+async def _show_progress(supervisor: Supervisor, progress: ExitStack) -> None:
+    """Name what is being waited for, on a terminal, until ``progress`` is closed."""
     from rich.console import Console
 
-    with Console(stderr=True).status("starting") as status:
-        while supervisor.waiting:
-            status.update(f"waiting for {', '.join(supervisor.waiting)}")
-            await asyncio.sleep(PROGRESS_S)
+    status = progress.enter_context(Console(stderr=True).status("starting"))
+    while supervisor.waiting:
+        status.update(f"waiting for {', '.join(supervisor.waiting)}")
+        await asyncio.sleep(PROGRESS_S)
 
 
 async def _follow(logs: list[Path]) -> None:
