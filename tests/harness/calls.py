@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import uuid
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from http.client import HTTPConnection
 from typing import Any
+from urllib.parse import urlsplit
 
 import httpx
 
@@ -35,6 +40,31 @@ def call(client: httpx.Client, path: str, model: str = "gpt-4o", **fields: Any) 
         case _:
             body = chat(model, **fields)
     return client.post(path, json=body)
+
+
+def burst(url: str, path: str, body: Mapping[str, Any], *, key: str, count: int) -> list[tuple[int, Mapping[str, str]]]:
+    """Send one call so many times over a few connections: each answer's status, and headers by lower-case name.
+
+    http.client, because a test of shares is to spend its time on the router and not on its own client.
+    """
+    connections = 4
+    content = json.dumps(body).encode()
+    headers = {"authorization": f"Bearer {key}", "content-type": "application/json"}
+
+    def send(times: int) -> list[tuple[int, Mapping[str, str]]]:
+        connection = HTTPConnection(urlsplit(url).netloc, timeout=30)
+        answers = []
+        for _ in range(times):
+            connection.request("POST", path, content, headers)
+            response = connection.getresponse()
+            response.read()
+            answers.append((response.status, {name.lower(): value for name, value in response.getheaders()}))
+        connection.close()
+        return answers
+
+    shares = [count // connections + (index < count % connections) for index in range(connections)]
+    with ThreadPoolExecutor(connections) as pool:
+        return [answer for answers in pool.map(send, shares) for answer in answers]
 
 
 def error_code(response: httpx.Response) -> str:
