@@ -21,6 +21,7 @@ from rich.table import Table
 
 from extproc.keys.record import KeyRecord, RecordInvalid, digest, fields_of, record_from
 from extproc.keys.register import FileRegister, KeyExists, KeyRegister, RedisRegister, RegisterError
+from gateway.settings import VALKEY_SOCKET
 from policies.model import KeyId, OrganizationId
 
 KEY_PREFIX: Final = "rk-"
@@ -43,6 +44,9 @@ def registers(file: Path | None, redis: str | None) -> tuple[KeyRegister, ...]:
     Raises:
         click.UsageError: none is named, or an address has the wrong form.
     """
+    embedded = Path(os.environ.get("RUN_DIR", ".run")).absolute() / VALKEY_SOCKET
+    if not file and not redis and embedded.exists():
+        redis = f"unix://{embedded}"
     try:
         found: list[KeyRegister] = [RedisRegister(redis)] if redis else []
     except ValueError as error:
@@ -161,7 +165,9 @@ def _stores(command: Any) -> Any:
         help="Key file.  [env: KEY_FILE]",
     )
     redis = click.option(
-        "--redis", envvar="REDIS_ADDR", help="host:port, redis://…, rediss://… or unix:///path.  [env: REDIS_ADDR]"
+        "--redis",
+        envvar="REDIS_ADDR",
+        help="host:port, redis://…, rediss://… or unix:///path.  [env: REDIS_ADDR; default: Valkey of `router up`]",
     )
     return file(redis(command))
 

@@ -11,6 +11,8 @@ from pathlib import Path
 import uvicorn
 from starlette.types import ASGIApp
 
+from gateway.settings import SettingsError
+
 
 class _Server(uvicorn.Server):
     @contextlib.contextmanager
@@ -23,9 +25,12 @@ def tcp_listener(host: str, port: int) -> socket.socket:
     """A listening TCP socket.
 
     Raises:
-        OSError: the address cannot be bound.
+        SettingsError: the address cannot be bound.
     """
-    return socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
+    try:
+        return socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
+    except OSError as error:
+        raise SettingsError(f"cannot listen on {host}:{port}: {error.strerror}") from error
 
 
 def unix_listener(path: Path) -> socket.socket:

@@ -12,10 +12,11 @@ from prometheus_client import CollectorRegistry
 from prometheus_client.gc_collector import GCCollector
 from prometheus_client.process_collector import ProcessCollector
 
+from gateway.http import serve, tcp_listener
 from gateway.settings import VERSION, XDS_SOCKET, SettingsError, XdsSettings, read
 from gateway.telemetry import configure_logging, get_logger
 from policies.load import PolicyRejected
-from xds.admin import build_app, serve
+from xds.admin import build_app
 from xds.publish import Publisher
 from xds.server import AddressInUse, AdsServer
 
@@ -60,9 +61,11 @@ async def run(settings: XdsSettings) -> None:
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, stop.set)
     await server.start(addresses)
+    listener = tcp_listener(settings.admin_host, settings.admin_port)
+    log.info("admin_started", host=settings.admin_host, port=settings.admin_port)
     async with asyncio.TaskGroup() as tasks:
         running = [
-            tasks.create_task(serve(app, host=settings.admin_host, port=settings.admin_port)),
+            tasks.create_task(serve(app, listener)),
             tasks.create_task(publisher.follow()),
         ]
         await stop.wait()

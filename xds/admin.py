@@ -5,14 +5,10 @@ It has no authentication and belongs on the loopback interface.
 
 from __future__ import annotations
 
-import asyncio
-import contextlib
-import socket
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
-import uvicorn
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_latest
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
@@ -20,12 +16,9 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
-from gateway.telemetry import get_logger
 from xds.fleet import Fleet, Node
 from xds.server import AdsServer
 from xds.snapshot import short_name
-
-log = get_logger()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -85,32 +78,6 @@ def build_app(
         ],
         exception_handlers={HTTPException: _http_error, Exception: _bug},
     )
-
-
-async def serve(app: Starlette, *, host: str, port: int) -> None:
-    """Serve until cancelled; signals stay the program's own.
-
-    Raises:
-        OSError: the address cannot be bound.
-    """
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    listener = socket.create_server((host, port), family=family)
-    config = uvicorn.Config(app, log_config=None, access_log=False, lifespan="off", timeout_graceful_shutdown=2)
-    server = _Server(config)
-    serving = asyncio.create_task(server.serve(sockets=[listener]))
-    log.info("admin_started", host=host, port=port)
-    try:
-        await asyncio.shield(serving)
-    finally:
-        server.should_exit = True
-        await serving
-        listener.close()
-
-
-class _Server(uvicorn.Server):
-    @contextlib.contextmanager
-    def capture_signals(self) -> Iterator[None]:
-        yield
 
 
 def _status(*, version: str, server: AdsServer, policy: PolicyStatus | None) -> dict[str, object]:
