@@ -16,9 +16,13 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
+from gateway.telemetry import get_logger
 from xds.fleet import Fleet, Node
 from xds.server import AdsServer
 from xds.snapshot import short_name
+
+
+log = get_logger()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
