@@ -9,6 +9,7 @@ import asyncio
 import shutil
 import signal
 import sys
+from importlib import import_module
 
 import click
 import uvloop
@@ -21,7 +22,6 @@ from policies.load import PolicyRejected
 
 async def supervise(settings: ExtprocSettings) -> None:
     """Run the workers and the status server until SIGTERM or SIGINT."""
-    from extproc.status_app import serve_status
     from extproc.supervise import Workers
 
     log = get_logger()
@@ -35,8 +35,10 @@ async def supervise(settings: ExtprocSettings) -> None:
         asyncio.get_running_loop().add_signal_handler(number, stop.set)
     async with asyncio.TaskGroup() as tasks:
         running = tasks.create_task(workers.run())
+        # Imported while the workers start, which take as long.
+        status_app = await asyncio.to_thread(import_module, "extproc.status_app")
         serving = tasks.create_task(
-            serve_status(
+            status_app.serve_status(
                 settings,
                 socket=settings.run_dir / STATUS_SOCKET,
                 metrics_dir=metrics_dir,

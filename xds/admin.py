@@ -21,7 +21,6 @@ from xds.fleet import Fleet, Node
 from xds.server import AdsServer
 from xds.snapshot import short_name
 
-
 log = get_logger()
 
 
