@@ -44,10 +44,10 @@ def main(arguments: list[str]) -> int:
             case ["workers"]:
                 check_workers()
             case _:
-                print(__doc__, file=sys.stderr)  # noqa: T201
+                print(__doc__, file=sys.stderr)
                 return 2
     except (OSError, urllib.error.URLError) as error:
-        print(error, file=sys.stderr)  # noqa: T201
+        print(error, file=sys.stderr)
         return 1
     return 0
 
