@@ -21,9 +21,11 @@ from envoy_data_plane.envoy.type.matcher.v3 import StringMatcher
 from envoy_data_plane.google.protobuf import Any
 
 from gateway import names
+from gateway.settings import XdsSettings
 from policies.model import Backend, Policy
 from xds.resources.encode import seconds, struct
 from xds.resources.filters import LUA
+from xds.resources.listeners import buffer_bytes
 
 _NOT_FOR_BACKENDS = [
     names.HEADER_MODEL,
@@ -63,7 +65,7 @@ def _routes(backend: Backend) -> list[Route]:
     ]
 
 
-def backend_routes(policy: Policy) -> RouteConfiguration:
+def backend_routes(policy: Policy, settings: XdsSettings) -> RouteConfiguration:
     """Virtual hosts of all backends."""
     return RouteConfiguration(
         name=names.ROUTE_CONFIG_BACKENDS,
@@ -74,6 +76,8 @@ def backend_routes(policy: Policy) -> RouteConfiguration:
                 domains=[backend.id],
                 routes=_routes(backend),
                 request_headers_to_remove=_NOT_FOR_BACKENDS,
+                # A renamed body is held whole; without this an HTTP/2 stream may hold no more than its window.
+                request_body_buffer_limit=buffer_bytes(settings),
             )
             for backend in sorted(policy.backends, key=lambda backend: backend.id)
         ],

@@ -98,7 +98,7 @@ class ResourceBuilder:
     def _routes(self, policy: Policy, models: list[ModelName]) -> dict[str, bytes]:
         built = {
             names.ROUTE_CONFIG_BACKENDS: self._encoded(
-                ("backend routes", policy.backends), lambda: backend_routes.backend_routes(policy)
+                ("backend routes", policy.backends), lambda: backend_routes.backend_routes(policy, self._settings)
             ),
             names.model_routes(names.SCOPE_UNROUTED): self._encoded(
                 "unrouted routes", lambda: routes.unrouted_routes(self._settings)
