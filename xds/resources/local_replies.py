@@ -53,6 +53,8 @@ _PUBLIC: tuple[tuple[str, Reason], ...] = (
     (f"response.code == 504 && request.path.startsWith('{STATUS_PREFIX}')", Reason.SERVICE_DOWN),
     ("response.code == 504", Reason.BACKEND_TIMEOUT),
     ("response.code == 503 && response.code_details == 'direct_response'", Reason.NO_BACKEND),
+    # A JSON answer is held until its usage has been read, and this one is larger than the buffers.
+    ("response.code_details == 'response_payload_too_large'", Reason.BACKEND_ERROR),
     ("response.code >= 500", Reason.SERVICE_DOWN),
     ("response.code >= 400", Reason.MALFORMED_REQUEST),
 )
