@@ -83,7 +83,7 @@ class Snapshot:
             SnapshotInconsistent: a reference leads nowhere.
         """
         references = references or {}
-        resources = {
+        resources: dict[str, Mapping[str, Resource]] = {
             type_url: MappingProxyType(_resources(named, previous.of(type_url) if previous else _NOTHING))
             for type_url, named in sorted(messages.items())
         }
@@ -96,6 +96,9 @@ class Snapshot:
         if problems:
             raise SnapshotInconsistent(problems)
         versions = {type_url: content_version(named.values()) for type_url, named in resources.items()}
+        if previous is not None:  # an unchanged type is the same object, which sessions recognise
+            same = [each for each in resources if previous.versions.get(each) == versions[each]]
+            resources.update((each, previous.resources[each]) for each in same)
         return cls(
             version=_digest("\n".join(f"{type_url} {version}" for type_url, version in versions.items()).encode()),
             versions=MappingProxyType(versions),

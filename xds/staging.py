@@ -42,8 +42,8 @@ POINTERS: Final = frozenset({LISTENER, SCOPED_ROUTE, ROUTE})
 """Types that point at clusters; every other type provides what they point at."""
 WILDCARD_TYPES: Final = frozenset({LISTENER, CLUSTER, SCOPED_ROUTE})
 """Types that Envoy takes as a whole: an empty first request means all, and in SotW a response is complete."""
-RESPONSE_MAX_BYTES: Final = 2 * 1024 * 1024
-"""Larger changes go in several responses where the protocol allows it; gRPC's default limit is 4 MiB."""
+RESPONSE_MAX_BYTES: Final = 512 * 1024
+"""Larger changes go in several responses where the protocol allows it, so that no stream holds up the others."""
 
 
 class Stage(IntEnum):
@@ -148,8 +148,7 @@ class Session(ABC, Generic[Request, Response]):
         holds something the target lacks is answered too: its ACK comes after its requests for the other types,
         so until then nothing is taken from it.
         """
-        subscription.has.update((resource.name, resource) for resource in held)
-        subscription.wildcard = subscription.wildcard or wildcard
+        subscription.start(wildcard=wildcard, held=held)
         target = self._target.of(subscription.type_url) if self._target else {}
         new = wildcard and not subscription.has
         subscription.owed = subscription.owed or new or not subscription.has.keys() <= target.keys()
@@ -212,8 +211,10 @@ class Session(ABC, Generic[Request, Response]):
         if type_url in POINTERS:
             return self._in_force.of(type_url) if self._in_force else None
         if type_url not in self._union:
-            in_force = self._in_force.of(type_url) if self._in_force else {}
-            self._union[type_url] = {**self._given_up.get(type_url, {}), **in_force, **target.of(type_url)}
+            in_force = (self._in_force or target).of(type_url)
+            given_up = self._given_up.get(type_url)
+            unchanged = in_force is target.of(type_url) and not given_up
+            self._union[type_url] = in_force if unchanged else {**(given_up or {}), **in_force, **target.of(type_url)}
         return self._union[type_url]
 
     def _enter(self, stage: Stage) -> None:

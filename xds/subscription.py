@@ -8,9 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from typing import Final
 
 from xds.messages import Nack
 from xds.snapshot import Resource
+
+OVERHEAD_BYTES: Final = 128
+"""What a resource's type, version and lengths add to its body on the wire, about."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -37,8 +41,10 @@ class Subscription:
     __slots__ = (
         "_asked",
         "_due",
+        "_left",
         "_rejected",
         "_unsure",
+        "_view",
         "acked_version",
         "explicit",
         "has",
@@ -69,6 +75,8 @@ class Subscription:
         self._unsure: set[str] = set()  # sent, but the client may hold another version or none
         self._rejected: dict[str, str] = {}  # version of each resource in refused responses
         self._due: dict[str, None] = {}  # names to compare with the view, in order
+        self._view: Mapping[str, Resource] | None = None  # the last one reviewed
+        self._left: set[str] = set()  # names that it lacked and the client may hold
 
     @property
     def settled(self) -> bool:
@@ -78,6 +86,12 @@ class Subscription:
     def wants(self, name: str) -> bool:
         """Whether the client is subscribed to a name."""
         return self.wildcard or name in self.names
+
+    def start(self, *, wildcard: bool, held: Iterable[Resource] = ()) -> None:
+        """Begin with what the client says it holds, or begin to match everything."""
+        self.has.update((resource.name, resource) for resource in held)
+        self.wildcard = self.wildcard or wildcard
+        self._view = None
 
     def ask(self, names: Iterable[str], *, known: bool = False) -> None:
         """Subscribe to names. They are sent even if unchanged, unless the client is ``known`` to hold them."""
@@ -97,6 +111,7 @@ class Subscription:
     def drop_wildcard(self) -> None:
         """Unsubscribe from everything that was not subscribed to by name."""
         self.wildcard = False
+        self._view = None
         for name in self.has.keys() - self.names:
             self._forget(name)
 
@@ -107,12 +122,22 @@ class Subscription:
             self._due[name] = None
 
     def review(self, view: Mapping[str, Resource]) -> None:
-        """Compare everything with a new view at the next :meth:`take`, removals first."""
-        held = self.has.keys() | self._rejected.keys() | self._unsure | self._asked
-        wanted = [*view, *sorted(self.names)] if self.wildcard else sorted(self.names)
-        self._due = dict.fromkeys([*sorted(held - view.keys()), *wanted])
+        """Compare everything with a view at the next :meth:`take`, removals first.
+
+        A view seen before has nothing new; what it lacked and the client still holds is looked at again.
+        """
         if self.nack and not self._rejected:
             self.nack = None
+        if view is self._view:
+            self._due.update(dict.fromkeys(sorted(self._left | self._asked | self._unsure)))
+            return
+        self._view = view
+        held = self.has.keys() | self._rejected.keys() | self._unsure | self._asked
+        self._left = held - view.keys()
+        wanted = {*view, *self.names} if self.wildcard else self.names
+        differing = {name for name in wanted if self.has.get(name) is not view.get(name)}
+        again = (self._asked | self._unsure | self._rejected.keys()) & view.keys()
+        self._due = dict.fromkeys([*sorted(self._left), *sorted(differing | again)])
 
     def take(
         self, view: Mapping[str, Resource], *, removes: bool, says_missing: bool, bytes_max: int | None
@@ -135,7 +160,7 @@ class Subscription:
                 if (says_missing and name in self._asked) or (removes and self._may_have(name)):
                     removed.append(name)
             elif self._lacks(resource):
-                size_bytes += len(resource.body)
+                size_bytes += len(resource.body) + len(name) + OVERHEAD_BYTES
                 if bytes_max is not None and upserts and size_bytes > bytes_max:
                     break
                 upserts.append(resource)

@@ -7,6 +7,7 @@ envoy-data-plane. Reading skips what the session does not need: a Node alone lis
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import lru_cache
 from typing import Final
 
 from xds.messages import DeltaRequest, DeltaResponse, SotwRequest, SotwResponse
@@ -117,6 +118,7 @@ def _element(number: int, value: bytes) -> bytes:
     return bytes((number << 3 | _BYTES,)) + _varint(len(value)) + value
 
 
+@lru_cache(maxsize=4096)  # lengths repeat
 def _varint(value: int) -> bytes:
     encoded = bytearray()
     while value > 0x7F:  # noqa: PLR2004 - seven bits a byte

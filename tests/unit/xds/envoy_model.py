@@ -80,6 +80,7 @@ class Envoy:
         self.nonces: dict[str, str] = {}
         self.unanswered: dict[str, DeltaResponse | SotwResponse] = {}
         self.asked_again: set[tuple[str, str]] = set()
+        self.may_time_out = not self.delta and bool(self.warming)
         self.opened: set[str] = set()
         self.last: DeltaRequest | SotwRequest | None = None
         self.fresh = {CLUSTER, ENDPOINTS, LISTENER, SCOPED_ROUTE, ROUTE}
@@ -89,9 +90,10 @@ class Envoy:
                 self._first(type_url)
 
     def publish(self, snapshot: Snapshot) -> None:
-        """The control plane has a new snapshot."""
-        self.snapshot = snapshot
-        self.down.extend(self.session.on_snapshot(snapshot))
+        """The control plane has a new snapshot, which shares what is unchanged with the last one."""
+        messages = {kind: {n: r.body for n, r in named.items()} for kind, named in snapshot.resources.items()}
+        self.snapshot = Snapshot.build(messages, references=snapshot.references, previous=self.snapshot)
+        self.down.extend(self.session.on_snapshot(self.snapshot))
 
     def say(self) -> None:
         """The server reads one request."""
@@ -117,8 +119,7 @@ class Envoy:
             self.unanswered[CLUSTER] = response
         else:
             self._answer(response, None)
-        if not self.warming and (held_back := self.unanswered.pop(CLUSTER, None)):
-            self._answer(held_back, None)
+        self._warmed()
         self._check_routes()
 
     def repeat_last(self) -> None:
@@ -129,8 +130,10 @@ class Envoy:
     def settle(self, steps_max: int = 2000) -> None:
         """Let both sides talk until neither has anything to say."""
         for _ in range(steps_max):
-            if not (self.up or self.down):
+            if not (self.up or self.down or self.warming):
                 return
+            if not (self.up or self.down):
+                self._give_up_warming()
             self.say()
             self.hear()
         raise AssertionError("the dialogue does not end")
@@ -166,6 +169,17 @@ class Envoy:
             self._warmed_by(bodies.keys() | removed)
         self._want(ENDPOINTS, CLUSTER, {**self.held.get(CLUSTER, {}), **self.warming})
         self._want(ROUTE, SCOPED_ROUTE, self.held.get(SCOPED_ROUTE, {}))
+
+    def _warmed(self) -> None:
+        if not self.warming and (held_back := self.unanswered.pop(CLUSTER, None)):
+            self._answer(held_back, None)
+
+    def _give_up_warming(self) -> None:
+        """Envoy's initial_fetch_timeout: only SotW, where no word says that something does not exist, needs it."""
+        assert self.may_time_out, f"{[*self.warming]} wait for their endpoints in vain"
+        self.held.setdefault(CLUSTER, {}).update(self.warming)
+        self.warming.clear()
+        self._warmed()
 
     def _warmed_by(self, endpoints: set[str]) -> None:
         for name, body in list(self.warming.items()):

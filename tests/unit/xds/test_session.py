@@ -378,7 +378,7 @@ def test_a_reconnecting_sotw_client_keeps_old_clusters_if_its_version_is_known()
 def test_large_changes_go_in_pieces(make: Callable[[], DeltaSession | SotwSession]) -> None:
     dialogue = Dialogue(make())
     names = [f"r{n}" for n in range(5)]
-    dialogue.publishes(Snapshot.build({ROUTE: {name: bytes(900_000) for name in names}}))
+    dialogue.publishes(Snapshot.build({ROUTE: {name: bytes(200_000) for name in names}}))
     assert dialogue.asks(ROUTE, *names) == ["RouteConfiguration +r0 +r1"]
     assert dialogue.acks(ROUTE) == ["RouteConfiguration +r2 +r3"]
     assert dialogue.acks(ROUTE) == ["RouteConfiguration +r4"]
