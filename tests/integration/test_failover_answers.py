@@ -25,7 +25,7 @@ both_formats = pytest.mark.parametrize("path", [CHAT, INFERENCE])
 @pytest.fixture(scope="module")
 def stack() -> Iterator[Stack]:
     """``gpt-4o`` prefers a and falls back to b, which has its own name for it."""
-    with running_stack() as running:
+    with running_stack(workers=1) as running:
         split = [model_of({"a": 100, "b": 0})]
         running.apply(
             policy_of(
@@ -231,7 +231,7 @@ def test_a_body_over_the_limit_is_refused(stack: Stack, client: httpx.Client, fr
             "chunked",
             marks=pytest.mark.xfail(
                 strict=True,
-                reason="503: extproc.exchange takes the headers of Envoy's own 413 for out of phase before the body came",
+                reason="503: to extproc.exchange the headers of Envoy's own 413 are out of phase before the body",
             ),
         ),
     ],

@@ -65,7 +65,7 @@ class Bench:
 def bench() -> Iterator[Bench]:
     with ExitStack() as running:
         refusing = running.enter_context(refusing_uri())
-        yield Bench(running.enter_context(running_stack()), refusing)
+        yield Bench(running.enter_context(running_stack(workers=1)), refusing)
 
 
 @pytest.fixture(autouse=True)

@@ -85,7 +85,7 @@ def bench(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bench]:
     environ |= {f"{name.upper()}_KEY": secret for name, secret in SECRETS.items()}
     with ExitStack() as running:
         https = {name: running.enter_context(https_backend(c)) for name, c in https_certificates.items()}
-        stack = running.enter_context(running_stack(environ=environ))
+        stack = running.enter_context(running_stack(environ=environ, workers=1))
         uris = {
             "first": f"{stack.uris['a']}/alpha",
             "second": f"{stack.uris['b'].replace('127.0.0.1', 'localhost')}/beta/v2",
