@@ -43,7 +43,7 @@ class Process:
         self.name = name
         self._command = list(command)
         self._directory = directory
-        self._environ = dict(environ)
+        self._environ = environ
         self.log_path = directory / f"{name}.log"
         self._process: subprocess.Popen[bytes] | None = None
 

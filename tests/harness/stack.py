@@ -225,10 +225,16 @@ def running_stack(
     workers: int = 2,
     environ: Mapping[str, str] | None = None,
     valkey: bool = False,
+    override_endpoints: bool = False,
     **policy_fields: Any,
 ) -> Iterator[Stack]:
-    """A running router. ``policy`` (or :func:`policy_of` with ``policy_fields``) is its first policy."""
+    """A running router. ``policy`` (or :func:`policy_of` with ``policy_fields``) is its first policy.
+
+    ``override_endpoints`` gives the mocks' addresses by BACKEND_ENDPOINTS.
+    """
     stack = Stack(mocks=mocks, workers=workers, environ=environ or {}, valkey=valkey)
+    if override_endpoints:
+        stack.environ["BACKEND_ENDPOINTS"] = ",".join(f"{name}:{uri}" for name, uri in stack.uris.items())
     try:
         stack.write_policy(policy or policy_of(stack.uris, **policy_fields))
         stack.start()

@@ -38,3 +38,21 @@ def test_a_policy_edit_is_in_force_within_a_second(stack: Stack) -> None:
         for _ in range(20):
             response = client.post("/v1/completions", json={"model": "gpt-4o", "prompt": "hi"})
             assert response.headers["x-routing-backend"] == "b"
+
+
+def test_a_policy_edit_never_touches_a_listener(stack: Stack) -> None:
+    """A changed listener would drain every connection, open streams included."""
+    names = ("listener_manager.lds.update_attempt", "listener_manager.listener_modified")
+    before = stack.stats("listener_manager")
+    stack.apply(policy_of(stack.uris, backend={"timeout": "9s"}, default_policy={"failover_threshold": 5}))
+    after = stack.stats("listener_manager")
+    assert [after[name] for name in names] == [before[name] for name in names]
+
+
+def test_backend_endpoints_override_the_policys_uris() -> None:
+    """The policy's own address leads nowhere; the setting's leads to the backend."""
+    nowhere = {"a": "http://127.0.0.1:1"}
+    with running_stack(mocks=("a",), workers=1, policy=policy_of(nowhere), override_endpoints=True) as running:
+        with running.client() as client:
+            response = client.post("/v1/completions", json={"model": "gpt-4o", "prompt": "hi"})
+        assert response.headers["x-routing-backend"] == "a"
