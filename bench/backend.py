@@ -62,6 +62,7 @@ class Backend:
     """A running nginx that listens on each of ``ports``."""
 
     ports: tuple[int, ...]
+    pid: int
 
 
 def binary() -> str | None:
@@ -80,6 +81,6 @@ def running_backend(directory: Path) -> Iterator[Backend]:
     nginx = Process("nginx", command, directory=directory, environ={})
     nginx.start()
     try:
-        yield Backend(ports=ports)
+        yield Backend(ports=ports, pid=nginx.pid)
     finally:
         nginx.stop()

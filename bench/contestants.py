@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -28,6 +28,7 @@ class Contestant:
     letter: str
     name: str
     url: str
+    backend: Backend
     processes: tuple[Process, ...]
     workers: Callable[[], Mapping[str, int]]
 
@@ -81,6 +82,7 @@ def envoy_direct(directory: Path, backend: Backend, *, threads: int) -> Iterator
             letter="A",
             name="Envoy direct",
             url=f"http://127.0.0.1:{port}",
+            backend=backend,
             processes=(envoy,),
             workers=dict,
         )
@@ -109,14 +111,15 @@ def envoy_do_nothing(directory: Path, backend: Backend, *, threads: int, workers
             letter="B",
             name="do-nothing ext_proc",
             url=f"http://127.0.0.1:{port}",
+            backend=backend,
             processes=(envoy,),
             workers=lambda: {process.name: process.pid for process in idle},
         )
 
 
-def write_policy(directory: Path, backend: Backend, model: str) -> None:
+def write_policy(directory: Path, ports: Sequence[int], model: str) -> None:
     """A policy of two backends with even weights, both of them nginx."""
-    backends = {f"nginx-{number}": f"http://127.0.0.1:{port}" for number, port in enumerate(backend.ports, 1)}
+    backends = {f"nginx-{number}": f"http://127.0.0.1:{port}" for number, port in enumerate(ports, 1)}
     document = {
         "backends": [
             {"id": name, "uri": uri, "timeout": "30s", "health_check": {"path": "/health", "interval": "10s"}}
@@ -171,7 +174,7 @@ def router(
     directory: Path, backend: Backend, *, threads: int, workers: int, model: str, key_file: Path
 ) -> Iterator[Contestant]:
     """C: this project, everything on: keys from a file and from Valkey, policy over ADS, access log."""
-    write_policy(directory / "policies", backend, model)
+    write_policy(directory / "policies", backend.ports, model)
     environ, port, admin_port = _settings(directory, workers=workers, key_file=key_file)
     socket = ("--port", "0", "--unixsocket", str(directory / "valkey.sock"), "--dir", str(directory), "--save", "")
     valkey = Process("valkey", (str(get_binary_path()), *socket), directory=directory, environ={})
@@ -186,6 +189,7 @@ def router(
             letter="C",
             name="router",
             url=f"http://127.0.0.1:{port}",
+            backend=backend,
             processes=(envoy, xds, extproc, valkey),
             workers=lambda: _workers_of(extproc),
         )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import subprocess
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -36,7 +37,10 @@ class LoadFailed(Exception):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sample:
-    """What one run of wrk measured. Processor time is per request, of all workers together."""
+    """What one run of wrk measured. Processor time is per request, of all workers together.
+
+    ``other_cores`` is how many cores programs that have no part in it used meanwhile: the noise.
+    """
 
     contestant: str
     round: int
@@ -47,6 +51,7 @@ class Sample:
     p99_ms: float
     envoy_cpu_us: float
     workers_cpu_us: float
+    other_cores: float
     not_2xx: int
     socket_errors: int
     timeouts: int
@@ -58,10 +63,9 @@ def measure(contestant: Contestant, *, key: str, connections: int, seconds: int,
     Raises:
         LoadFailed: some request was not answered by 2xx; a figure made of errors is none.
     """
-    envoy, workers = contestant.envoy_pids(), contestant.worker_pids()
-    before = machine.cpu_s(envoy), machine.cpu_s(workers)
+    before = _used_s(contestant)
     said = _wrk(contestant.url, key=key, connections=connections, seconds=seconds)
-    after = machine.cpu_s(envoy), machine.cpu_s(workers)
+    envoy_s, workers_s, other_s, elapsed_s = (now - then for now, then in zip(_used_s(contestant), before, strict=True))
     requests = said["requests"]
     if not requests or said["not_2xx"] or said["socket_errors"] or said["timeouts"]:
         raise LoadFailed(f"{contestant.letter} ({contestant.name}) at {connections} connections: {said}")
@@ -73,12 +77,20 @@ def measure(contestant: Contestant, *, key: str, connections: int, seconds: int,
         requests_per_s=requests / (said["duration_us"] / 1e6),
         p50_ms=said["p50_us"] / 1e3,
         p99_ms=said["p99_us"] / 1e3,
-        envoy_cpu_us=(after[0] - before[0]) / requests * 1e6,
-        workers_cpu_us=(after[1] - before[1]) / requests * 1e6,
+        envoy_cpu_us=envoy_s / requests * 1e6,
+        workers_cpu_us=workers_s / requests * 1e6,
+        other_cores=max(0.0, other_s / elapsed_s),
         not_2xx=said["not_2xx"],
         socket_errors=said["socket_errors"],
         timeouts=said["timeouts"],
     )
+
+
+def _used_s(contestant: Contestant) -> tuple[float, float, float, float]:
+    """Processor time so far of Envoy, of the workers and of programs that take no part; then the clock."""
+    envoy, workers = machine.cpu_s(contestant.envoy_pids()), machine.cpu_s(contestant.worker_pids())
+    ours = machine.cpu_s({*contestant.pids().values(), contestant.backend.pid}) + machine.ended_children_s()
+    return envoy, workers, machine.busy_s() - ours, time.monotonic()
 
 
 def _wrk(url: str, *, key: str, connections: int, seconds: int) -> dict[str, int]:

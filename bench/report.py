@@ -18,6 +18,7 @@ MANY: Final = 16
 RPS_SHARE_MIN: Final = 0.75
 ADDED_P50_MAX_MS: Final = 1.0
 WORKER_MAX_MB: Final = 120.0
+QUIET_MAX_CORES: Final = 0.1
 
 MemoryOf = Mapping[str, Mapping[str, Memory]]
 """Memory by contestant's letter and process name."""
@@ -155,12 +156,15 @@ def show(
 ) -> None:
     """Print everything that was measured."""
     steps = ", ".join(f"{step} {us:.1f}" for step, us in hot_path.items() if ":" in step)
+    other = Spread.of([sample.other_cores for sample in samples])
     answered, unwell = sum(s.requests for s in samples), sum(s.not_2xx + s.socket_errors + s.timeouts for s in samples)
     console.print(_speed_table(samples, contestants), _memory_table(memory), sep="\n")
     console.print(
         f"The router's own Python, a request: {hot_path['total']:.0f} µs "
         f"[dim]({hot_path['best']:.0f}…{hot_path['worst']:.0f})[/dim]: {steps}",
         f"{answered:,} requests measured; not 2xx, socket errors or timeouts: {unwell}",
+        f"Programs that take no part used {other.text('.2f')} cores meanwhile"
+        + (": [red]too much for these figures to be trusted[/red]" if other.median > QUIET_MAX_CORES else ""),
         sep="\n",
         highlight=False,
     )
