@@ -197,7 +197,10 @@ def backend_cluster(backend: Backend, defaults: DefaultPolicy, settings: XdsSett
 def extproc_cluster(settings: XdsSettings) -> Cluster:
     """The ext_proc workers, each on its own unix socket; a dead one gets no traffic."""
     name = names.CLUSTER_EXTPROC
-    sockets = [pipe_address(str(settings.run_dir.absolute() / settings.worker_socket(worker))) for worker in range(settings.extproc_workers)]
+    sockets = [
+        pipe_address(str(settings.run_dir.absolute() / settings.worker_socket(worker)))
+        for worker in range(settings.extproc_workers)
+    ]
     return Cluster(
         name=name,
         type=ClusterDiscoveryType.STATIC,

@@ -72,7 +72,7 @@ def _response_headers(decision: str, avoided: tuple[BackendId, ...]) -> list[Hea
         header(_OVERHEAD_US, "%COMMON_DURATION(DS_RX_BEG:US_TX_BEG:us)%"),
     ]
     if avoided:
-        warning = f"299 {names.NODE_ID} \"degraded backend avoided: {', '.join(avoided)}\""
+        warning = f'299 {names.NODE_ID} "degraded backend avoided: {", ".join(avoided)}"'
         used = ", ".join(f"'{names.entry_cluster(backend_id)}'" for backend_id in avoided)
         # Empty, and so left out, where the last resort answered after all.
         headers.append(header(names.HEADER_WARNING, f"%CEL(xds.cluster_name in [{used}] ? '' : '{warning}')%"))
