@@ -114,7 +114,7 @@ def stack(engine: docker.DockerClient) -> Iterator[ComposeStack]:
     for image in (PYTHON_IMAGE, SERVICES["envoy"]["image"], SERVICES["redis"]["image"]):
         have_image(engine, image)
     try:
-        compose("build")
+        compose("build", "xds")  # one image for all
         compose("up", "--wait", "--wait-timeout", "180", "envoy")
         yield compose
     finally:
