@@ -17,8 +17,6 @@ HEADER_MODEL_SPAN: Final = "x-router-model-span"
 """``<offset>:<length>`` in bytes of the JSON string that is the body's ``model`` value."""
 HEADER_BACKEND: Final = "x-router-backend"
 """Set on the internal hop by a ``be_`` cluster: which backend this attempt goes to."""
-HEADER_FAULT: Final = "x-router-fault"
-"""Set on the internal hop when Envoy itself answered for a backend."""
 
 HEADER_API_KEY: Final = "x-api-key"
 HEADER_AUTHORIZATION: Final = "authorization"

@@ -56,3 +56,13 @@ def test_backend_endpoints_override_the_policys_uris() -> None:
         with running.client() as client:
             response = client.post("/v1/completions", json={"model": "gpt-4o", "prompt": "hi"})
         assert response.headers["x-routing-backend"] == "a"
+
+
+def test_a_model_with_a_slash_in_its_name(stack: Stack) -> None:
+    name = "meta-llama/Llama-3.1-8B"
+    models = [{"model": name, "organization_id": "*", "backends": [{"backend_id": "a", "weight": 1}]}]
+    stack.apply(policy_of(stack.uris, models=models))
+    with stack.client() as client:
+        assert client.post("/v1/completions", json={"model": name, "prompt": "hi"}).status_code == 200
+        for path in ("meta-llama/Llama-3.1-8B", "meta-llama%2FLlama-3.1-8B"):
+            assert client.get(f"/v1/models/{path}").json()["id"] == name

@@ -129,7 +129,8 @@ def public_listener(settings: XdsSettings) -> Listener:
         always_set_request_id_in_response=True,
         normalize_path=True,
         merge_slashes=True,
-        path_with_escaped_slashes_action=HttpConnectionManagerPathWithEscapedSlashesAction.REJECT_REQUEST,
+        # Models have slashes in their names, and clients escape them in /v1/models/{id}.
+        path_with_escaped_slashes_action=HttpConnectionManagerPathWithEscapedSlashesAction.KEEP_UNCHANGED,
         server_name=settings.service_name,
         request_headers_timeout=seconds(10),
         request_timeout=seconds(120),
@@ -168,6 +169,7 @@ def backends_listener(settings: XdsSettings) -> Listener:
     return Listener(
         name=names.LISTENER_BACKENDS,
         internal_listener=ListenerInternalListenerConfig(),
+        ignore_global_conn_limit=True,
         per_connection_buffer_limit_bytes=buffer_bytes(settings),
         filter_chains=[FilterChain(filters=[Filter(name=HCM, typed_config=Any.pack(manager))])],
     )
