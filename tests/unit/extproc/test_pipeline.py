@@ -1,0 +1,445 @@
+"""Decisions as dialogues: what Envoy says, and what it is told to do."""
+
+from __future__ import annotations
+
+import hmac
+import json
+from collections import Counter
+from typing import Any
+
+import pytest
+
+from extproc.exchange import (
+    Command,
+    Continue,
+    Event,
+    Forward,
+    OutOfPhase,
+    Reply,
+    RequestBody,
+    RequestHeaders,
+    ResponseBody,
+    ResponseHeaders,
+    Rewrite,
+)
+from extproc.keys.record import KeyRecord, PresentedKey
+from extproc.keys.store import ASK, Ask
+from extproc.pipeline import Deciders, Decision
+from extproc.policy import PolicyTable
+from gateway import names
+from gateway.endpoints import CHAT_PATH, COMPLETION_PATH, INFERENCE_PATH, MODELS_PATH
+from gateway.errors import REFUSALS, Reason, StoreUnavailable
+from policies.model import Price
+from tests.unit.extproc.extproc_builders import REQUEST_ID, a_record, a_table
+from tests.unit.policies.policy_builders import a_model, a_policy, a_share
+
+KEY = "rk-alice"
+NOW = 1_700_000_000.0
+TRACEPARENT = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
+CHAT = {"model": "m", "messages": [{"role": "user", "content": "hi"}]}
+INFERENCE = {"request_id": REQUEST_ID, "model": "m", "payload": "hi"}
+SECRET_DETAIL = "the store said: password=hunter2"
+
+
+class FakeKeys:
+    """A store with one record; it may have to be asked, be down or be broken."""
+
+    name = "fake"
+
+    def __init__(self, record: KeyRecord | None, *, ask: bool = False, error: Exception | None = None) -> None:
+        self._record = record
+        self._ask = ask or error is not None
+        self._error = error
+
+    def peek(self, key: PresentedKey) -> KeyRecord | Ask | None:
+        return ASK if self._ask else self._of(key)
+
+    async def find(self, key: PresentedKey) -> KeyRecord | None:
+        if self._error is not None:
+            raise self._error
+        return self._of(key)
+
+    def _of(self, key: PresentedKey) -> KeyRecord | None:
+        return self._record if self._record and self._record.digest == key.digest else None
+
+
+class FakeLog:
+    """Keeps events."""
+
+    def __init__(self) -> None:
+        self.events: list[tuple[str, str, dict[str, Any]]] = []
+
+    def info(self, event: str, **fields: Any) -> None:
+        self.events.append(("info", event, fields))
+
+    def exception(self, event: str, **fields: Any) -> None:
+        self.events.append(("exception", event, fields))
+
+
+class Outcomes:
+    """Counts outcomes."""
+
+    def __init__(self) -> None:
+        self.counted: Counter[tuple[str, str]] = Counter()
+
+    def decided(self, endpoint: str, outcome: str) -> None:
+        self.counted[endpoint, outcome] += 1
+
+
+class Dialogue:
+    """One request and who decides on it."""
+
+    def __init__(
+        self,
+        *,
+        keys: FakeKeys | None = None,
+        record: dict[str, Any] | None = None,
+        table: PolicyTable | Exception | None = None,
+        traceparent: str | None = None,
+        body_max_bytes: int = 10_000,
+    ) -> None:
+        self.log, self.outcomes, self.now_s = FakeLog(), Outcomes(), NOW
+        policy = a_policy(a_model(a_share("a"), model="m"), a_model(a_share("dead"), model="killed"), killed=["dead"])
+        price = Price(input_micro_usd_per_1k=5000, output_micro_usd_per_1k=15_000)
+        self._table = table or a_table(policy, prices={"a": price})
+        log: Any = self.log
+        self._decision = Decision(
+            Deciders(
+                keys=keys or FakeKeys(a_record(KEY, **(record or {}))),
+                policy=self._policy,
+                outcomes=self.outcomes,
+                log=log,
+                clock_s=lambda: self.now_s,
+                body_max_bytes=body_max_bytes,
+                payload_max_bytes=1000,
+            ),
+            traceparent,
+        )
+
+    def _policy(self) -> PolicyTable:
+        if isinstance(self._table, Exception):
+            raise self._table
+        return self._table
+
+    async def say(self, event: Event) -> Command:
+        return await self._decision.on_event(event)
+
+    async def headers(self, path: str = CHAT_PATH, *, ends: bool = False, **changes: str | None) -> Command:
+        """Envoy tells of request headers; a change to None leaves a header out."""
+        said: dict[str, str | None] = {
+            ":path": path,
+            ":method": "POST",
+            "authorization": f"Bearer {KEY}",
+            "content-type": "application/json",
+            "x-request-id": REQUEST_ID,
+        }
+        said |= {name.replace("_", "-"): value for name, value in changes.items()}
+        return await self.say(RequestHeaders(headers={n: v for n, v in said.items() if v is not None}, ends=ends))
+
+    async def body(self, members: Any) -> Command:
+        return await self.say(RequestBody(body=members if isinstance(members, bytes) else json.dumps(members).encode()))
+
+    async def answer(self, body: bytes, *, status: int = 200) -> Command:
+        headers = {":status": str(status), names.HEADER_ROUTING_BACKEND: "a"}
+        assert await self.say(ResponseHeaders(headers=headers, ends=False)) == Continue()
+        return await self.say(ResponseBody(body=body))
+
+
+def refused(command: Command) -> tuple[int, str]:
+    """Status of a reply and its code in either format."""
+    assert isinstance(command, Reply)
+    body = json.loads(command.body)
+    return command.status, body["code"] if "code" in body else body["error"]["code"]
+
+
+# --- The narrow path.
+
+
+async def test_chat_is_let_in_and_forwarded_as_it_came() -> None:
+    talk = Dialogue()
+    assert await talk.headers() == Continue()
+    command = await talk.body(CHAT)
+    assert isinstance(command, Forward)
+    assert command.body is None
+    assert dict(command.headers)[names.HEADER_ORGANIZATION] == "acme"
+    assert talk.outcomes.counted == {("chat", "forwarded"): 1}
+    assert talk.log.events == []
+
+
+async def test_answer_of_an_openai_endpoint_is_left_alone() -> None:
+    talk = Dialogue()
+    await talk.headers()
+    await talk.body(CHAT)
+    assert await talk.answer(b"anything") == Continue()
+
+
+async def test_inference_is_translated_both_ways() -> None:
+    talk = Dialogue(traceparent=TRACEPARENT)
+    await talk.headers(INFERENCE_PATH)
+    command = await talk.body(INFERENCE)
+    assert isinstance(command, Forward)
+    assert dict(command.headers)[":path"] == COMPLETION_PATH
+    assert json.loads(command.body or b"") == {"model": "m", "prompt": "hi"}
+    talk.now_s += 0.25
+    rewritten = await talk.answer(b'{"usage": {"prompt_tokens": 1000, "completion_tokens": 1000}}')
+    assert isinstance(rewritten, Rewrite)
+    answer = json.loads(rewritten.body)
+    assert answer["request_id"] == REQUEST_ID
+    assert (answer["usage"]["latency_ms"], answer["usage"]["cost_usd"]) == (250, 0.02)
+    assert (answer["trace_id"], answer["span_id"]) == tuple(TRACEPARENT.split("-")[1:3])
+
+
+async def test_untraced_inference_is_named_by_its_request_id() -> None:
+    talk = Dialogue()
+    await talk.headers(INFERENCE_PATH)
+    await talk.body(INFERENCE)
+    rewritten = await talk.answer(b"{}")
+    assert isinstance(rewritten, Rewrite)
+    answer = json.loads(rewritten.body)
+    assert answer["trace_id"] == REQUEST_ID
+    assert answer["span_id"] == REQUEST_ID.replace("-", "")[16:]
+
+
+@pytest.mark.parametrize(("status", "told"), [(204, 502), (302, 502), (200, 502), (400, 400), (503, 502)])
+async def test_inference_answered_without_a_body_gets_one_in_a_reply(status: int, told: int) -> None:
+    talk = Dialogue()
+    await talk.headers(INFERENCE_PATH)
+    await talk.body(INFERENCE)
+    command = await talk.say(ResponseHeaders(headers={":status": str(status)}, ends=True))
+    assert isinstance(command, Reply)
+    assert command.status == told
+    assert set(json.loads(command.body)) == {"error", "code", "trace_id"}
+
+
+async def test_openai_answer_without_a_body_is_left_alone() -> None:
+    talk = Dialogue()
+    await talk.headers()
+    await talk.body(CHAT)
+    assert await talk.say(ResponseHeaders(headers={":status": "204"}, ends=True)) == Continue()
+
+
+async def test_store_is_asked_where_it_has_to_be() -> None:
+    assert await Dialogue(keys=FakeKeys(a_record(KEY), ask=True)).headers() == Continue()
+
+
+# --- Models.
+
+
+@pytest.mark.parametrize("path", [MODELS_PATH, f"{MODELS_PATH}/", f"{MODELS_PATH}?after=x"])
+async def test_models_are_answered_at_once(path: str) -> None:
+    talk = Dialogue()
+    command = await talk.headers(path, content_type=None, ends=True)
+    assert isinstance(command, Reply)
+    assert [model["id"] for model in json.loads(command.body)["data"]] == ["killed", "m"]
+    assert talk.outcomes.counted == {("models", "answered"): 1}
+
+
+async def test_model_is_found_by_its_escaped_name() -> None:
+    command = await Dialogue().headers(f"{MODELS_PATH}/%6D", ends=True)
+    assert isinstance(command, Reply)
+    assert json.loads(command.body)["id"] == "m"
+
+
+async def test_key_sees_only_its_own_models() -> None:
+    command = await Dialogue(record={"allowed_models": frozenset({"m"})}).headers(MODELS_PATH, ends=True)
+    assert isinstance(command, Reply)
+    assert [model["id"] for model in json.loads(command.body)["data"]] == ["m"]
+
+
+@pytest.mark.parametrize("path", ["", "/", "/v1/nothing"])
+async def test_path_of_no_endpoint_is_answered_with_404(path: str) -> None:
+    assert refused(await Dialogue().headers(path, ends=True)) == (404, "not_found")
+
+
+# --- Refusals.
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"authorization": None}, Reason.KEY_MISSING),
+        ({"authorization": "Basic x"}, Reason.KEY_MISSING),
+        ({"authorization": "Bearer rk-other"}, Reason.KEY_UNKNOWN),
+        ({"x_api_key": "rk-other"}, Reason.CONFLICTING_KEYS),
+        ({"content_type": None}, Reason.MEDIA_TYPE),
+        ({"content_type": "text/plain"}, Reason.MEDIA_TYPE),
+        ({"content_type": "application/jsonp"}, Reason.MEDIA_TYPE),
+        ({"content_type": "application/json; charset=latin-1"}, Reason.MEDIA_TYPE),
+        ({"content_encoding": "gzip"}, Reason.MEDIA_TYPE),
+        ({"content_length": "10001"}, Reason.BODY_TOO_LARGE),
+        ({"content_length": "9" * 50}, Reason.BODY_TOO_LARGE),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("path", [CHAT_PATH, INFERENCE_PATH])
+async def test_headers_alone_are_enough_to_refuse(path: str, changes: dict[str, Any], reason: Reason) -> None:
+    talk = Dialogue()
+    refusal = REFUSALS[reason]
+    code = refusal.code if path == INFERENCE_PATH else refusal.openai_code
+    assert refused(await talk.headers(path, **changes)) == (refusal.status, code)
+    [(level, event, fields)] = talk.log.events
+    assert (level, event, fields["reason"], fields["request_id"]) == (
+        "info",
+        "request_refused",
+        reason.value,
+        REQUEST_ID,
+    )
+    assert sum(talk.outcomes.counted.values()) == 1
+
+
+@pytest.mark.parametrize(
+    "content_type", ["application/json", "Application/JSON; charset=UTF-8", 'application/json;charset="utf-8"']
+)
+async def test_json_in_any_spelling_is_taken(content_type: str) -> None:
+    assert await Dialogue().headers(content_type=content_type, content_encoding="identity") == Continue()
+
+
+async def test_request_without_a_body_is_refused() -> None:
+    assert refused(await Dialogue().headers(ends=True)) == (400, "invalid_request")
+
+
+@pytest.mark.parametrize(
+    ("record", "reason"),
+    [
+        ({"status": "revoked"}, Reason.KEY_REVOKED),
+        ({"expires_at": NOW}, Reason.KEY_EXPIRED),
+        ({"scopes": frozenset({"audit"})}, Reason.SCOPE_MISSING),
+    ],
+    ids=["revoked", "expired", "scope"],
+)
+async def test_record_decides_before_the_body(record: dict[str, Any], reason: Reason) -> None:
+    command = await Dialogue(record=record).headers()
+    assert refused(command) == (REFUSALS[reason].status, REFUSALS[reason].openai_code)
+
+
+async def test_401_tells_the_scheme() -> None:
+    command = await Dialogue().headers(authorization=None)
+    assert isinstance(command, Reply)
+    assert ("www-authenticate", "Bearer") in command.headers
+
+
+async def test_store_that_is_down_is_503_not_401() -> None:
+    talk = Dialogue(keys=FakeKeys(None, error=StoreUnavailable(SECRET_DETAIL)))
+    command = await talk.headers()
+    assert refused(command) == (503, "service_unavailable")
+    assert isinstance(command, Reply)
+    assert "hunter2" not in command.body.decode()
+
+
+@pytest.mark.parametrize(
+    ("members", "refusal"),
+    [
+        (b"{", (400, "invalid_request")),
+        ({}, (400, "missing_field")),
+        (CHAT | {"messages": 1}, (400, "validation_error")),
+        (CHAT | {"model": "nope"}, (404, "model_not_found")),
+        (CHAT | {"model": "killed"}, (503, "no_backend_available")),
+        (b" " * 10_001, (413, "payload_too_large")),
+    ],
+    ids=["JSON", "missing", "invalid", "model", "killed", "size"],
+)
+async def test_body_is_refused_in_the_endpoints_format(members: Any, refusal: tuple[int, str]) -> None:
+    talk = Dialogue()
+    await talk.headers()
+    assert refused(await talk.body(members)) == refusal
+    assert talk.log.events[0][2]["api_key_id"] == "alice"
+
+
+async def test_refusal_names_the_field() -> None:
+    talk = Dialogue()
+    await talk.headers(INFERENCE_PATH)
+    command = await talk.body(INFERENCE | {"metadata": {"team": 1}})
+    assert isinstance(command, Reply)
+    assert json.loads(command.body)["param"] == "metadata.team"
+
+
+# --- Signatures.
+
+SIGNED = {"signing_secret": "s" * 16, "require_signature": True}
+
+
+def signature(message: bytes) -> str:
+    return hmac.new(b"s" * 16, message, "sha256").hexdigest()
+
+
+async def test_signature_covers_the_raw_body() -> None:
+    talk = Dialogue(record=SIGNED)
+    body = json.dumps(CHAT).encode() + b"  "
+    await talk.headers(x_hmac_signature=signature(body))
+    assert isinstance(await talk.body(body), Forward)
+
+
+async def test_signature_in_the_body_covers_the_payload() -> None:
+    talk = Dialogue(record=SIGNED)
+    await talk.headers(INFERENCE_PATH)
+    assert isinstance(await talk.body(INFERENCE | {"hmac_signature": signature(b"hi")}), Forward)
+
+
+@pytest.mark.parametrize("sent", [None, "ab" * 32], ids=["missing", "wrong"])
+async def test_missing_or_wrong_signature_is_refused(sent: str | None) -> None:
+    talk = Dialogue(record=SIGNED)
+    await talk.headers(x_hmac_signature=sent)
+    assert refused(await talk.body(CHAT)) == (401, "invalid_api_key")
+
+
+async def test_unsound_body_is_told_before_its_signature() -> None:
+    talk = Dialogue(record=SIGNED)
+    await talk.headers()
+    assert refused(await talk.body(b"{")) == (400, "invalid_request")
+
+
+# --- Our own faults.
+
+
+def assert_bug_is_told_by_its_id_only(talk: Dialogue, command: Command) -> None:
+    assert isinstance(command, Reply)
+    assert command.status == 500
+    said = command.body.decode()
+    [(level, event, fields)] = talk.log.events
+    assert (level, event, fields["request_id"]) == ("exception", "request_failed", REQUEST_ID)
+    assert fields["error_id"] in said
+    assert "hunter2" not in said
+    assert "Error" not in said.replace("ERROR", "")
+    assert [outcome for _, outcome in talk.outcomes.counted][-1] == Reason.BUG.value
+
+
+@pytest.mark.parametrize(("path", "code"), [(CHAT_PATH, "internal_error"), (INFERENCE_PATH, "INTERNAL_ERROR")])
+async def test_bug_on_the_headers_is_500_with_the_id_that_is_logged(path: str, code: str) -> None:
+    talk = Dialogue(keys=FakeKeys(None, error=RuntimeError(SECRET_DETAIL)))
+    command = await talk.headers(path)
+    assert refused(command) == (500, code)
+    assert_bug_is_told_by_its_id_only(talk, command)
+
+
+async def test_bug_on_the_body_is_500_with_the_id_that_is_logged() -> None:
+    talk = Dialogue(table=RuntimeError(SECRET_DETAIL))
+    await talk.headers()
+    assert_bug_is_told_by_its_id_only(talk, await talk.body(CHAT))
+
+
+async def test_bug_on_the_answer_is_500_with_the_id_that_is_logged() -> None:
+    talk = Dialogue()
+    await talk.headers(INFERENCE_PATH)
+    await talk.body(INFERENCE)
+    talk._table = RuntimeError(SECRET_DETAIL)
+    assert_bug_is_told_by_its_id_only(talk, await talk.answer(b"{}"))
+
+
+async def test_two_bugs_have_two_ids() -> None:
+    ids = set()
+    for _ in range(2):
+        talk = Dialogue(keys=FakeKeys(None, error=KeyError("x")))
+        await talk.headers()
+        ids.add(talk.log.events[0][2]["error_id"])
+    assert len(ids) == 2
+
+
+async def test_event_out_of_phase_is_the_servers_to_handle() -> None:
+    with pytest.raises(OutOfPhase):
+        await Dialogue().body(CHAT)
+
+
+def test_request_is_small() -> None:
+    """The one mutable object of a request must not become a bag (style, rule 5)."""
+    assert len(Decision.__slots__) <= 9
+    assert not hasattr(Decision, "__dict__") or "__dict__" not in dir(Decision.__new__(Decision))
