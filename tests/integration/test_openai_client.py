@@ -138,7 +138,6 @@ def test_async_models_are_listed_and_retrieved(stack: Stack) -> None:
     assert run_async(stack, use) == ["gpt-4o", "killed", "org/model", "solo", "solo"]
 
 
-@pytest.mark.xfail(strict=True, reason="Envoy refuses %2F in a path, which is how the client writes a slash")
 def test_model_with_a_slash_in_its_name_is_retrieved(client: OpenAI) -> None:
     assert client.models.retrieve("org/model").id == "org/model"
 
