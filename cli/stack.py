@@ -172,6 +172,7 @@ def _envoy(settings: UpSettings, run_dir: Path) -> Program:
             *("--service-node", names.NODE_ID, "--service-cluster", names.NODE_ID),
             *("--concurrency", str(settings.envoy_concurrency)),
             *("--log-level", settings.envoy_log_level, "--log-format", ENVOY_LOG_FORMAT),
+            *("--component-log-level", "misc:error"),  # a warning for each extension that is still new
             "--disable-hot-restart",
         ),
         log=_log(run_dir, "envoy"),

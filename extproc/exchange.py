@@ -98,12 +98,14 @@ class OutOfPhase(Exception):
     """Envoy sent an event that its configuration does not lead to."""
 
 
-# The event due in each phase, and the phase after it when the message did not end with it.
-_DUE: Final[dict[Phase, tuple[type[object], Phase]]] = {
-    Phase.REQUEST_HEADERS: (RequestHeaders, Phase.REQUEST_BODY),
-    Phase.REQUEST_BODY: (RequestBody, Phase.RESPONSE_HEADERS),
-    Phase.RESPONSE_HEADERS: (ResponseHeaders, Phase.RESPONSE_BODY),
-    Phase.RESPONSE_BODY: (ResponseBody, Phase.DONE),
+# The phase that each event leads to from the phases it may come in.
+_AFTER: Final[dict[tuple[Phase, type[object]], Phase]] = {
+    (Phase.REQUEST_HEADERS, RequestHeaders): Phase.REQUEST_BODY,
+    (Phase.REQUEST_BODY, RequestBody): Phase.RESPONSE_HEADERS,
+    # Envoy itself has answered (413, 408) before the body was complete.
+    (Phase.REQUEST_BODY, ResponseHeaders): Phase.RESPONSE_BODY,
+    (Phase.RESPONSE_HEADERS, ResponseHeaders): Phase.RESPONSE_BODY,
+    (Phase.RESPONSE_BODY, ResponseBody): Phase.DONE,
 }
 
 
@@ -113,7 +115,7 @@ def advance(phase: Phase, event: Event) -> Phase:
     Raises:
         OutOfPhase: the event is not due.
     """
-    due = _DUE.get(phase)
-    if due is None or type(event) is not due[0]:
+    after = _AFTER.get((phase, type(event)))
+    if after is None:
         raise OutOfPhase(f"{type(event).__name__} in phase {phase.name}")
-    return due[1]
+    return after

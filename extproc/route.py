@@ -99,7 +99,7 @@ def route(caller: Caller, ask: Ask, choice: Choice, endpoint: Endpoint) -> Forwa
     if choice.variant is not None:
         headers.append((names.HEADER_VARIANT, names.variant(choice.variant)))
     if ask.path is not None:
-        headers.append((":path", ask.path))
+        headers += [(":path", ask.path), (names.HEADER_ENDPOINT, endpoint.kind.value)]
     metadata: list[tuple[str, str | bool]] = [
         (names.METADATA_ORGANIZATION, caller.organization_id),
         (names.METADATA_KEY, caller.key_id),

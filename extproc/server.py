@@ -36,12 +36,12 @@ def _traceparent(context: Any) -> str | None:
 class ExtProcServer:
     """Serves the exchanges of one worker."""
 
-    def __init__(self, deciders: Deciders, *, socket: Path, body_max_bytes: int, log: Logger) -> None:
+    def __init__(self, deciders: Deciders, *, socket: Path, buffer_bytes: int, log: Logger) -> None:
         self._deciders = deciders
         self._socket = socket
         self._log = log
         self._health = HealthServicer()
-        limit = body_max_bytes + _ROOM_BYTES
+        limit = buffer_bytes + _ROOM_BYTES
         self._server = grpc.aio.server(
             options=[
                 ("grpc.max_receive_message_length", limit),

@@ -46,8 +46,12 @@ _Request: Final = message("envoy.service.ext_proc.v3.ProcessingRequest")
 _Response: Final = message("envoy.service.ext_proc.v3.ProcessingResponse")
 _OVERWRITE: Final = 2  # HeaderValueOption.HeaderAppendAction.OVERWRITE_IF_EXISTS_OR_ADD
 
-_CONTINUE_REQUEST: Final[bytes] = _Response(request_headers={}).SerializeToString()
-_CONTINUE_RESPONSE: Final[bytes] = _Response(response_headers={}).SerializeToString()
+_CONTINUE: Final[dict[type[object], bytes]] = {
+    RequestHeaders: _Response(request_headers={}).SerializeToString(),
+    RequestBody: _Response(request_body={}).SerializeToString(),
+    ResponseHeaders: _Response(response_headers={}).SerializeToString(),
+    ResponseBody: _Response(response_body={}).SerializeToString(),
+}
 
 
 class WireError(Exception):
@@ -132,7 +136,7 @@ def encode(command: Command, event: Event) -> bytes:
     """The serialised ProcessingResponse that answers ``event`` with ``command``."""
     match command:
         case Continue():
-            return _CONTINUE_REQUEST if isinstance(event, RequestHeaders) else _CONTINUE_RESPONSE
+            return _CONTINUE[type(event)]
         case Forward():
             return _encode_forward(command)
         case Rewrite():

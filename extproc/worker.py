@@ -57,7 +57,7 @@ async def run(settings: ExtprocSettings, *, worker: int) -> None:
             payload_max_bytes=settings.inference_payload_max_bytes,
         )
         socket = settings.run_dir / settings.worker_socket(worker)
-        server = ExtProcServer(deciders, socket=socket, body_max_bytes=settings.body_max_bytes, log=log)
+        server = ExtProcServer(deciders, socket=socket, buffer_bytes=settings.buffer_bytes, log=log)
         following = asyncio.create_task(policy.follow())
         await server.start()
         gc.collect()

@@ -15,6 +15,8 @@ HEADER_VARIANT: Final = "x-router-variant"
 """Present only when an allow or deny list leaves this key a subset of the model's backends."""
 HEADER_MODEL_SPAN: Final = "x-router-model-span"
 """``<offset>:<length>`` in bytes of the JSON string that is the body's ``model`` value."""
+HEADER_ENDPOINT: Final = "x-router-endpoint"
+"""Which endpoint was called, where ext_proc has replaced the path."""
 HEADER_BACKEND: Final = "x-router-backend"
 """Set on the internal hop by a ``be_`` cluster: which backend this attempt goes to."""
 

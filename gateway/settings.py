@@ -46,6 +46,8 @@ class CommonSettings(BaseSettings):
     extproc_workers: Annotated[int, Field(ge=1, le=64)] = os.cpu_count() or 1
     inference_payload_max_bytes: Annotated[int, Field(ge=1)] = 65_536
     body_max_bytes: Annotated[int, Field(ge=1024)] = 8 * 1024 * 1024
+    answer_max_bytes: Annotated[int, Field(ge=1024)] = 16 * 1024 * 1024
+    """A JSON answer is held until its usage has been read; a larger one fails. Streams have no limit."""
     otel_exporter_otlp_endpoint: str = ""
 
     @classmethod
@@ -65,6 +67,14 @@ class CommonSettings(BaseSettings):
                 raise SettingsError(f"ROUTER_CONFIG: {config} is not a file")
             sources.append(YamlConfigSettingsSource(settings_cls, yaml_file=config))
         return tuple(sources)
+
+    @property
+    def buffer_bytes(self) -> int:
+        """What one exchange may hold in Envoy and in a worker: the largest body, and room for what is added to it.
+
+        Envoy has one limit for both directions of an HTTP/2 stream.
+        """
+        return max(self.body_max_bytes, self.answer_max_bytes) + 64 * 1024
 
     @property
     def state_path(self) -> Path:

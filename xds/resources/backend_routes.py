@@ -25,12 +25,12 @@ from gateway.settings import XdsSettings
 from policies.model import Backend, Policy
 from xds.resources.encode import seconds, struct
 from xds.resources.filters import LUA
-from xds.resources.listeners import buffer_bytes
 
 _NOT_FOR_BACKENDS = [
     names.HEADER_MODEL,
     names.HEADER_MODEL_SPAN,
     names.HEADER_BACKEND,
+    names.HEADER_ENDPOINT,
     "accept-encoding",  # usage is read from the answer, and a compressed one cannot be read
     "x-forwarded-for",
     "x-forwarded-proto",
@@ -77,7 +77,7 @@ def backend_routes(policy: Policy, settings: XdsSettings) -> RouteConfiguration:
                 routes=_routes(backend),
                 request_headers_to_remove=_NOT_FOR_BACKENDS,
                 # A renamed body is held whole; without this an HTTP/2 stream may hold no more than its window.
-                request_body_buffer_limit=buffer_bytes(settings),
+                request_body_buffer_limit=settings.buffer_bytes,
             )
             for backend in sorted(policy.backends, key=lambda backend: backend.id)
         ],

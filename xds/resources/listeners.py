@@ -47,11 +47,6 @@ STREAM_IDLE_S = 900.0
 """A stream without a byte for so long is over; reasoning models are silent for minutes."""
 
 
-def buffer_bytes(settings: XdsSettings) -> int:
-    """What a connection may buffer: the largest body and room for what the router adds to it."""
-    return settings.body_max_bytes + 64 * 1024
-
-
 def access_log() -> AccessLog:
     """One JSON object a request on Envoy's standard output."""
     usage, router = f"DYNAMIC_METADATA({names.USAGE_NAMESPACE}:", f"DYNAMIC_METADATA({names.METADATA_NAMESPACE}:"
@@ -146,7 +141,7 @@ def public_listener(settings: XdsSettings) -> Listener:
     return Listener(
         name=names.LISTENER_PUBLIC,
         address=socket_address(settings.http_host, settings.http_port),
-        per_connection_buffer_limit_bytes=buffer_bytes(settings),
+        per_connection_buffer_limit_bytes=settings.buffer_bytes,
         filter_chains=[FilterChain(filters=[Filter(name=HCM, typed_config=Any.pack(manager))])],
     )
 
@@ -170,6 +165,6 @@ def backends_listener(settings: XdsSettings) -> Listener:
         name=names.LISTENER_BACKENDS,
         internal_listener=ListenerInternalListenerConfig(),
         ignore_global_conn_limit=True,
-        per_connection_buffer_limit_bytes=buffer_bytes(settings),
+        per_connection_buffer_limit_bytes=settings.buffer_bytes,
         filter_chains=[FilterChain(filters=[Filter(name=HCM, typed_config=Any.pack(manager))])],
     )

@@ -99,7 +99,9 @@ def _mapper(expression: str, reason: Reason, *, openai: bool, trace_id: str) -> 
 
 def _public_mappers(trace_id: str) -> Iterator[ResponseMapper]:
     decided = f"response.code_details.contains('{names.DECIDED_DETAILS}')"
-    is_openai = " || ".join(f"request.path.startsWith('{prefix}')" for prefix in OPENAI_PREFIXES)
+    openai_path = " || ".join(f"request.path.startsWith('{prefix}')" for prefix in OPENAI_PREFIXES)
+    # /v1/inference becomes an OpenAI path once it is decided.
+    is_openai = f"!('{names.HEADER_ENDPOINT}' in request.headers) && ({openai_path})"
     for expression, reason in _PUBLIC:
         yield _mapper(f"!{decided} && {expression} && ({is_openai})", reason, openai=True, trace_id=trace_id)
         yield _mapper(f"!{decided} && {expression}", reason, openai=False, trace_id=trace_id)

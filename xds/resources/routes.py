@@ -44,7 +44,6 @@ from policies.candidates import Candidate, Entry, candidates_among, is_override,
 from policies.model import ANY, BackendId, ModelName, OrganizationId, Policy
 from xds.resources.encode import header, seconds
 from xds.resources.filters import EXT_PROC
-from xds.resources.listeners import buffer_bytes
 
 RETRY_ON = "5xx,connect-failure,reset,refused-stream,retriable-status-codes"
 STATUS_TIMEOUT_S = 0.8
@@ -185,7 +184,7 @@ def model_routes(policy: Policy, model: ModelName, settings: XdsSettings) -> Rou
         response_headers_to_add=[
             header(names.HEADER_OVERHEAD_MS, f"%CEL(double(response.headers['{_OVERHEAD_US}']) / 1000.0)%")
         ],
-        request_body_buffer_limit=buffer_bytes(settings),
+        request_body_buffer_limit=settings.buffer_bytes,
     )
     return RouteConfiguration(
         name=names.model_routes(model), virtual_hosts=[host], response_headers_to_remove=[_OVERHEAD_US]
@@ -236,7 +235,7 @@ def unrouted_routes(settings: XdsSettings) -> RouteConfiguration:
             typed_per_filter_config=nothing,
         ),
     ]
-    host = VirtualHost(name="unrouted", domains=["*"], routes=routes, request_body_buffer_limit=buffer_bytes(settings))
+    host = VirtualHost(name="unrouted", domains=["*"], routes=routes, request_body_buffer_limit=settings.buffer_bytes)
     return RouteConfiguration(name=names.model_routes(names.SCOPE_UNROUTED), virtual_hosts=[host])
 
 
