@@ -91,7 +91,7 @@ def decode(data: bytes) -> Event:
 
 def _set(headers: tuple[tuple[str, str], ...]) -> list[dict[str, Any]]:
     return [
-        {"header": {"key": key, "raw_value": value.encode("latin-1", "replace")}, "append_action": _OVERWRITE}
+        {"header": {"key": key, "raw_value": value.encode()}, "append_action": _OVERWRITE}
         for key, value in headers
     ]
 

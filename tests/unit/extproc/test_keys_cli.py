@@ -25,7 +25,8 @@ def path(tmp_path: Path) -> Path:
 
 
 def run(*args: str, **env: str) -> Result:
-    return CliRunner(env={"KEY_FILE": "", "REDIS_ADDR": ""} | env).invoke(keys, args)
+    # Without COLUMNS: the test runner sets it, and a table is as wide as that says.
+    return CliRunner(env={"KEY_FILE": "", "REDIS_ADDR": "", "COLUMNS": None} | env).invoke(keys, args)
 
 
 def created(path: Path, *args: str) -> dict[str, Any]:
