@@ -102,7 +102,8 @@ class OutOfPhase(Exception):
 _AFTER: Final[dict[tuple[Phase, type[object]], Phase]] = {
     (Phase.REQUEST_HEADERS, RequestHeaders): Phase.REQUEST_BODY,
     (Phase.REQUEST_BODY, RequestBody): Phase.RESPONSE_HEADERS,
-    # Envoy itself has answered (413, 408) before the body was complete.
+    # Envoy itself has answered: a request it cannot serve (an upgrade), or one whose body is not complete (413, 408).
+    (Phase.REQUEST_HEADERS, ResponseHeaders): Phase.RESPONSE_BODY,
     (Phase.REQUEST_BODY, ResponseHeaders): Phase.RESPONSE_BODY,
     (Phase.RESPONSE_HEADERS, ResponseHeaders): Phase.RESPONSE_BODY,
     (Phase.RESPONSE_BODY, ResponseBody): Phase.DONE,

@@ -22,6 +22,7 @@ from envoy_data_plane.envoy.extensions.filters.network.http_connection_manager.v
 )
 from envoy_data_plane.envoy.extensions.http.custom_response.local_response_policy.v3 import LocalResponsePolicy
 from envoy_data_plane.envoy.type.matcher.v3 import (
+    HttpResponseHeaderMatchInput,
     HttpResponseLocalReplyMatchInput,
     HttpResponseStatusCodeClassMatchInput,
     HttpResponseStatusCodeMatchInput,
@@ -42,6 +43,7 @@ from envoy_data_plane.xds.type.matcher.v3 import (
 from gateway import names
 from gateway.endpoints import OPENAI_PREFIXES, STATUS_PREFIX
 from gateway.errors import REFUSALS, Reason, openai_body, router_body
+from xds.resources.encode import header
 
 JSON = "application/json"
 
@@ -55,6 +57,8 @@ _PUBLIC: tuple[tuple[str, Reason], ...] = (
     ("response.code == 503 && response.code_details == 'direct_response'", Reason.NO_BACKEND),
     # A JSON answer is held until its usage has been read, and this one is larger than the buffers.
     ("response.code_details == 'response_payload_too_large'", Reason.BACKEND_ERROR),
+    # It was held, and its end never came.
+    ("response.code_details.startsWith('upstream_reset_after_response_started')", Reason.BACKEND_ERROR),
     ("response.code >= 500", Reason.SERVICE_DOWN),
     ("response.code >= 400", Reason.MALFORMED_REQUEST),
 )
@@ -97,7 +101,21 @@ def _mapper(expression: str, reason: Reason, *, openai: bool, trace_id: str) -> 
     )
 
 
+def _unread_mappers() -> Iterator[ResponseMapper]:
+    """Answers to what could not be read as a request, and so has got no id: it gets one here."""
+    unread = f"!('{names.HEADER_REQUEST_ID}' in request.headers)"
+    its_id = f"%RESP({names.HEADER_REQUEST_ID})%"
+    for expression, reason in (
+        ("response.code == 408", Reason.REQUEST_TIMEOUT),
+        ("response.code >= 400", Reason.MALFORMED_REQUEST),
+    ):
+        mapper = _mapper(f"{unread} && {expression}", reason, openai=False, trace_id=its_id)
+        mapper.headers_to_add = [header(names.HEADER_REQUEST_ID, "%UNIQUE_ID%")]
+        yield mapper
+
+
 def _public_mappers(trace_id: str) -> Iterator[ResponseMapper]:
+    yield from _unread_mappers()
     decided = f"response.code_details.contains('{names.DECIDED_DETAILS}')"
     openai_path = " || ".join(f"request.path.startsWith('{prefix}')" for prefix in OPENAI_PREFIXES)
     # /v1/inference becomes an OpenAI path once it is decided.
@@ -135,11 +153,33 @@ def _response_is(name: str, message: betterproto2.Message, expected: str) -> Mat
     )
 
 
+def _is_json() -> MatcherMatcherListPredicate:
+    return MatcherMatcherListPredicate(
+        single_predicate=MatcherMatcherListPredicateSinglePredicate(
+            input=_typed("content_type", HttpResponseHeaderMatchInput(header_name="content-type")),
+            value_match=StringMatcher(prefix=JSON, ignore_case=True),
+        )
+    )
+
+
 def backend_errors() -> CustomResponse:
-    """Replaces a backend's own error by ours: its text may name hosts, accounts or a masked credential."""
+    """Replaces a backend's own error by ours: its text may name hosts, accounts or a masked credential.
+
+    A 4xx in JSON is the client's fault and passes; any other 4xx is a page of some server in front of the backend.
+    """
     reason = Reason.BACKEND_ERROR
-    failed = [_response_is("class", HttpResponseStatusCodeClassMatchInput(), "5xx")]
+    failed = [_response_is("class", HttpResponseStatusCodeClassMatchInput(), kind) for kind in ("3xx", "5xx")]
     failed += [_response_is("code", HttpResponseStatusCodeMatchInput(), code) for code in ("401", "403", "429")]
+    failed.append(
+        MatcherMatcherListPredicate(
+            and_matcher=MatcherMatcherListPredicatePredicateList(
+                predicate=[
+                    _response_is("class", HttpResponseStatusCodeClassMatchInput(), "4xx"),
+                    MatcherMatcherListPredicate(not_matcher=_is_json()),
+                ]
+            )
+        )
+    )
     from_backend = _response_is("local_reply", HttpResponseLocalReplyMatchInput(), "false")
     policy = LocalResponsePolicy(
         status_code=REFUSALS[reason].status,
