@@ -6,6 +6,7 @@ a descriptor set in a pool of their own; ``make protos`` writes it. Envoy API: e
 
 from __future__ import annotations
 
+from functools import lru_cache
 from importlib import resources
 from typing import Any, Final
 
@@ -91,9 +92,14 @@ def decode(data: bytes) -> Event:
 
 def _set(headers: tuple[tuple[str, str], ...]) -> list[dict[str, Any]]:
     return [
-        {"header": {"key": key, "raw_value": value.encode()}, "append_action": _OVERWRITE}
-        for key, value in headers
+        {"header": {"key": key, "raw_value": value.encode()}, "append_action": _OVERWRITE} for key, value in headers
     ]
+
+
+@lru_cache(maxsize=4096)
+def _encode_unchanged(command: Forward) -> bytes:
+    """Forward without a body of its own: the same caller asking for the same model is answered the same bytes."""
+    return _encode_forward(command)
 
 
 def _encode_forward(command: Forward) -> bytes:
@@ -138,7 +144,7 @@ def encode(command: Command, event: Event) -> bytes:
         case Continue():
             return _CONTINUE[type(event)]
         case Forward():
-            return _encode_forward(command)
+            return _encode_unchanged(command) if command.body is None else _encode_forward(command)
         case Rewrite():
             return _encode_rewrite(command)
         case Reply():

@@ -60,8 +60,10 @@ async def run(settings: ExtprocSettings, *, worker: int) -> None:
         server = ExtProcServer(deciders, socket=socket, buffer_bytes=settings.buffer_bytes, log=log)
         following = asyncio.create_task(policy.follow())
         await server.start()
+        # A request leaves no cycles behind: look rarely, and never again at what lives for ever.
+        gc.set_threshold(50_000, 50, 1000)
         gc.collect()
-        gc.freeze()  # what lives for ever need not be looked at again by every collection
+        gc.freeze()
         log.info("worker_serving", socket=str(socket), pid=os.getpid())
         await stop.wait()
         log.info("worker_draining")

@@ -25,6 +25,20 @@ HEADER_AUTHORIZATION: Final = "authorization"
 HEADER_SIGNATURE: Final = "x-hmac-signature"
 HEADER_REQUEST_ID: Final = "x-request-id"
 
+FORWARDED_HEADERS: Final = (
+    ":path",
+    ":status",
+    HEADER_API_KEY,
+    HEADER_AUTHORIZATION,
+    HEADER_REQUEST_ID,
+    HEADER_SIGNATURE,
+    "content-encoding",
+    "content-length",
+    "content-type",
+    "x-routing-backend",
+)
+"""All that ext_proc is told of a request's and an answer's headers."""
+
 # --- Response headers a client can rely on.
 HEADER_ROUTING_BACKEND: Final = "x-routing-backend"
 HEADER_ROUTING_DECISION: Final = "x-routing-decision"

@@ -133,6 +133,8 @@ class ResolvedModel:
 
     def all_killed(self, key_id: KeyId) -> bool:
         """Whether kill switches took every backend that the lists leave a key."""
+        if not self._killed:
+            return False
         subset = self.variant(key_id)
         if subset is None:
             subset = frozenset(weighted.backend_id for weighted in self.entry.backends)

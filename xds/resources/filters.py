@@ -21,6 +21,7 @@ from envoy_data_plane.envoy.extensions.content_parsers.json.v3 import JsonConten
 from envoy_data_plane.envoy.extensions.filters.http.ext_proc.v3 import (
     ExternalProcessor,
     ExternalProcessorRouteCacheAction,
+    HeaderForwardingRules,
     MetadataOptions,
     MetadataOptionsMetadataNamespaces,
     ProcessingMode,
@@ -45,7 +46,7 @@ from envoy_data_plane.envoy.extensions.filters.network.http_connection_manager.v
 from envoy_data_plane.envoy.extensions.http.early_header_mutation.header_mutation.v3 import (
     HeaderMutation as EarlyHeaderMutation,
 )
-from envoy_data_plane.envoy.type.matcher.v3 import RegexMatcher, StringMatcher
+from envoy_data_plane.envoy.type.matcher.v3 import ListStringMatcher, RegexMatcher, StringMatcher
 from envoy_data_plane.envoy.type.v3 import HttpStatus, StatusCode
 
 from gateway import names
@@ -139,6 +140,11 @@ def ext_proc() -> HttpFilter:
             mutation_rules=HeaderMutationRules(allow_all_routing=True),
             metadata_options=MetadataOptions(
                 receiving_namespaces=MetadataOptionsMetadataNamespaces(untyped=[names.METADATA_NAMESPACE])
+            ),
+            forward_rules=HeaderForwardingRules(
+                allowed_headers=ListStringMatcher(
+                    patterns=[StringMatcher(exact=name) for name in names.FORWARDED_HEADERS]
+                )
             ),
             route_cache_action=ExternalProcessorRouteCacheAction.DEFAULT,
         ),
