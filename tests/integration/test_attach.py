@@ -8,10 +8,9 @@ from pathlib import Path
 
 import httpx
 import pytest
-import yaml
 
 from tests.harness.process import Process, eventually, free_ports
-from tests.harness.stack import ENVOY, KEY, ROOT, Stack
+from tests.harness.stack import ENVOY, KEY, ROOT, Stack, model_of, policy_of
 
 pytestmark = pytest.mark.integration
 
@@ -46,9 +45,7 @@ class AttachedStack(Stack):
 @pytest.fixture(scope="module")
 def stack() -> Iterator[AttachedStack]:
     running = AttachedStack()
-    backends = [{"id": "a", "uri": running.uris["a"]}]
-    models = [{"model": "gpt-4o", "organization_id": "*", "backends": [{"backend_id": "a", "weight": 1}]}]
-    running.write_policy({"backends": backends, "models": models})
+    running.write_policy(policy_of(running.uris))
     try:
         running.start()
         yield running
@@ -57,6 +54,7 @@ def stack() -> Iterator[AttachedStack]:
 
 
 def test_both_what_was_there_and_the_router_answer(stack: AttachedStack) -> None:
+    stack.apply(policy_of(stack.uris))
     own = f"http://127.0.0.1:{stack.own_port}"
     with httpx.Client(base_url=own, trust_env=False, headers={"authorization": f"Bearer {KEY}"}) as client:
         assert client.get("/hello").text == "yours\n"
@@ -66,9 +64,7 @@ def test_both_what_was_there_and_the_router_answer(stack: AttachedStack) -> None
 
 
 def test_a_policy_edit_leaves_what_was_there_alone(stack: AttachedStack) -> None:
-    document = yaml.safe_load((stack.policy_dir / "router.yaml").read_text())
-    document["models"][0]["model"] = "other"
-    stack.apply(document)
+    stack.apply(policy_of(stack.uris, models=[model_of({"a": 1}, model="other")]))
     with stack.client() as client:
         eventually(lambda: client.post("/v1/completions", json=CALL).status_code == 404, "the model is gone")
     own = httpx.get(f"http://127.0.0.1:{stack.own_port}/hello", trust_env=False)

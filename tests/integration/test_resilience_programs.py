@@ -142,10 +142,10 @@ def test_an_invalid_edit_changes_nothing_and_shows_as_a_warning(stack: Stack) ->
     assert "router.yaml:4" in problems
     with stack.client() as client:
         assert client.post("/v1/completions", json=CALL).status_code == 200
+    eventually(lambda: (r := stack.readyz()) is not None and r.json()["status"] == "degraded", "readiness shows it")
     ready = stack.readyz()
     assert ready is not None
     assert ready.status_code == 200
-    assert ready.json()["status"] == "degraded"
     assert "router.yaml:4" in str(ready.json()["components"]["xds"]["warnings"])
     assert "router.yaml:4" in stack.xds.log()
 

@@ -132,8 +132,8 @@ async def test_a_client_that_leaves_is_noticed_by_the_backend(stack: Stack) -> N
     for mock in stack.mocks.values():
         mock.fail("hold", events=1)
     async with _client(stack) as client, client.stream("POST", "/v1/chat/completions", json=CHAT) as response:
-        async for _ in response.aiter_lines():
-            break
+        lines = response.aiter_lines()  # held: an iterator that is given up closes its response
+        assert (await anext(lines)).startswith("data: ")
         await _wait_for_streams(stack, 1)
 
     def left() -> bool:
