@@ -89,7 +89,7 @@ class Publisher:
             warnings=tuple(str(warning) for warning in loaded.warnings),
         )
         if source == "policy_dir":
-            save_last_good(loaded.bundle, self._last_good)
+            self._remember(loaded)
         self._log.info(
             "policy_in_force",
             digest=loaded.policy.digest,
@@ -99,6 +99,13 @@ class Publisher:
             models=len(loaded.policy.models),
             warnings=[str(warning) for warning in loaded.warnings],
         )
+
+    def _remember(self, loaded: Loaded) -> None:
+        try:
+            save_last_good(loaded.bundle, self._last_good)
+        except OSError as error:
+            # Serving goes on; only a restart with a broken directory would miss it.
+            self._log.error("last_good_policy_not_saved", path=str(self._last_good), error=str(error))
 
     def _rejected(self, problems: tuple[Problem, ...]) -> None:
         self._log_rejected(problems, in_force=self.policy.digest if self.policy else "")

@@ -181,8 +181,8 @@ def backend_cluster(backend: Backend, defaults: DefaultPolicy, settings: XdsSett
         type=ClusterDiscoveryType.EDS if by_address else ClusterDiscoveryType.STRICT_DNS,
         eds_cluster_config=ClusterEdsClusterConfig(eds_config=ads()) if by_address else None,
         load_assignment=None if by_address else endpoints(backend),
-        # Not the records' TTL: Docker's is ten minutes, and a backend that moved must be found again.
-        dns_refresh_rate=seconds(5),
+        # DNS is asked every 5 s whatever the records' TTL: Docker's is ten minutes, and a backend may move.
+        respect_dns_ttl=False,
         # By itself Envoy takes IPv6 first, and then never tries IPv4: localhost would mean ::1 alone.
         dns_lookup_family=ClusterDnsLookupFamily.V4_PREFERRED,
         connect_timeout=seconds(min(2.0, backend.timeout_s)),
