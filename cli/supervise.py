@@ -160,7 +160,8 @@ class Supervisor:
                 stdout=log,
                 stderr=log,
                 cwd=program.directory,
-                env=os.environ | program.environment,
+                # Unbuffered, so that a log has its lines in the order they were printed.
+                env=os.environ | {"PYTHONUNBUFFERED": "1"} | program.environment,
                 start_new_session=True,
             )
         exited = asyncio.create_task(process.wait())
