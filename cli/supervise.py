@@ -161,7 +161,7 @@ class Supervisor:
                 stderr=log,
                 cwd=program.directory,
                 # Unbuffered, so that a log has its lines in the order they were printed.
-                env=os.environ | {"PYTHONUNBUFFERED": "1"} | program.environment,
+                env={**os.environ, "PYTHONUNBUFFERED": "1", **program.environment},
                 start_new_session=True,
             )
         exited = asyncio.create_task(process.wait())
