@@ -36,9 +36,11 @@ def _traceparent(context: Any) -> str | None:
 class ExtProcServer:
     """Serves the exchanges of one worker."""
 
-    def __init__(self, deciders: Deciders, *, socket: Path, buffer_bytes: int, log: Logger) -> None:
+    def __init__(self, deciders: Deciders, *, socket: Path, buffer_bytes: int, traced: bool, log: Logger) -> None:
+        """``traced``: Envoy sends the trace's ids along; to look for them in vain costs as much as a step."""
         self._deciders = deciders
         self._socket = socket
+        self._traced = traced
         self._log = log
         self._health = HealthServicer()
         limit = buffer_bytes + _ROOM_BYTES
@@ -57,7 +59,7 @@ class ExtProcServer:
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
 
     async def _process(self, _: Any, context: Any) -> None:
-        decision = Decision(self._deciders, _traceparent(context))
+        decision = Decision(self._deciders, _traceparent(context) if self._traced else None)
         try:
             while (data := await context.read()) is not _EOF:
                 event = decode(data)

@@ -57,7 +57,13 @@ async def run(settings: ExtprocSettings, *, worker: int) -> None:
             payload_max_bytes=settings.inference_payload_max_bytes,
         )
         socket = settings.run_dir / settings.worker_socket(worker)
-        server = ExtProcServer(deciders, socket=socket, buffer_bytes=settings.buffer_bytes, log=log)
+        server = ExtProcServer(
+            deciders,
+            socket=socket,
+            buffer_bytes=settings.buffer_bytes,
+            traced=bool(settings.otel_exporter_otlp_endpoint),
+            log=log,
+        )
         following = asyncio.create_task(policy.follow())
         await server.start()
         # A request leaves no cycles behind: look rarely, and never again at what lives for ever.
