@@ -152,6 +152,8 @@ def test_readiness_without_a_backend_is_503(world: World) -> None:
         world.check(response)
     finally:
         world.stack.apply(policy(world.stack))
+        with world.client() as client:
+            eventually(lambda: client.get("/v1/status/readyz").status_code == 200, "readiness is back")
 
 
 def test_request_id_is_a_new_one_each_time(client: httpx.Client) -> None:
