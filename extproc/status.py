@@ -15,6 +15,7 @@ from typing import Any, Literal
 import httpx
 
 from gateway import names
+from policies.candidates import killed
 from policies.model import Policy
 
 CHECK_TIMEOUT_S = 0.5
@@ -63,11 +64,11 @@ def _envoy_clusters(found: Mapping[str, Any]) -> dict[str, list[BackendStatus]]:
 
 def backend_statuses(policy: Policy, clusters: Mapping[str, list[BackendStatus]] | None) -> dict[str, BackendStatus]:
     """Status of every backend: what the policy says of it first, then what Envoy sees."""
-    killed = {switch.backend_id for switch in policy.kill_switches if switch.enabled}
+    switched_off = killed(policy)
     degraded = {backend_id for entry in policy.models for backend_id in entry.degraded_backends}
 
     def status(backend_id: Any) -> BackendStatus:
-        if backend_id in killed:
+        if backend_id in switched_off:
             return "killed"
         hosts = clusters.get(names.backend_cluster(backend_id), []) if clusters is not None else []
         seen: BackendStatus = "unknown"

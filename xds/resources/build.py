@@ -52,7 +52,7 @@ class ResourceBuilder:
         """
         self._used = {}
         settings = self._settings
-        models = sorted({entry.model for entry in policy.models})
+        models = routes.by_model(policy)
         bodies: dict[str, dict[str, bytes]] = {
             snapshot.SECRET: {
                 names.credential_secret(backend_id): bytes(secrets.secret(backend_id, credential))
@@ -95,7 +95,7 @@ class ResourceBuilder:
             )
         return built
 
-    def _routes(self, policy: Policy, models: list[ModelName]) -> dict[str, bytes]:
+    def _routes(self, policy: Policy, models: Mapping[ModelName, Policy]) -> dict[str, bytes]:
         built = {
             names.ROUTE_CONFIG_BACKENDS: self._encoded(
                 ("backend routes", policy.backends), lambda: backend_routes.backend_routes(policy, self._settings)
@@ -104,10 +104,10 @@ class ResourceBuilder:
                 "unrouted routes", lambda: routes.unrouted_routes(self._settings)
             ),
         }
-        for model in models:
+        for model, part in models.items():
             built[names.model_routes(model)] = self._encoded(
-                routes.what_decides(policy, model),
-                lambda model=model: routes.model_routes(policy, model, self._settings),  # type: ignore[misc]
+                routes.what_decides(part, model),
+                lambda model=model, part=part: routes.model_routes(part, model, self._settings),  # type: ignore[misc]
             )
         return built
 
@@ -122,7 +122,7 @@ def _tracing(settings: XdsSettings) -> betterproto2.Message:
     return clusters.tracing_cluster(url.hostname, url.port or 4317)
 
 
-def _references(policy: Policy, models: list[ModelName]) -> dict[Reference, frozenset[Reference]]:
+def _references(policy: Policy, models: Mapping[ModelName, Policy]) -> dict[Reference, frozenset[Reference]]:
     def cluster(name: str) -> Reference:
         return (snapshot.CLUSTER, name)
 
@@ -135,9 +135,9 @@ def _references(policy: Policy, models: list[ModelName]) -> dict[Reference, froz
         (snapshot.LISTENER, names.LISTENER_PUBLIC): frozenset({cluster(names.CLUSTER_EXTPROC)}),
         (snapshot.LISTENER, names.LISTENER_BACKENDS): frozenset({(snapshot.ROUTE, names.ROUTE_CONFIG_BACKENDS)}),
     }
-    for model in models:
+    for model, part in models.items():
         route = (snapshot.ROUTE, names.model_routes(model))
-        needs[route] = frozenset(cluster(names.entry_cluster(b)) for b in routes.backends_of(policy, model))
+        needs[route] = frozenset(cluster(names.entry_cluster(b)) for b in routes.backends_of(part, model))
         needs[(snapshot.SCOPED_ROUTE, names.model_routes(model))] = frozenset({route})
     for backend in policy.backends:
         needed: set[Reference] = set()

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from dataclasses import replace
 from itertools import chain
 
 from envoy_data_plane.envoy.config.core.v3 import DataSource, HeaderValueOption
@@ -40,8 +41,8 @@ from envoy_data_plane.google.protobuf import Any
 from gateway import names
 from gateway.endpoints import HEALTHZ_PATH, INFERENCE_PATH, MODELS_PATH, POST_ENDPOINTS, READYZ_PATH
 from gateway.settings import VERSION, XdsSettings
-from policies.candidates import Candidate, Entry, candidates_among, is_override, resolve, variants
-from policies.model import ANY, BackendId, ModelName, OrganizationId, Policy
+from policies.candidates import Candidate, Entry, candidates_among, is_override, killed, resolve, variants
+from policies.model import ANY, BackendId, ModelName, ModelPolicy, OrganizationId, Policy
 from xds.resources.encode import header, seconds
 from xds.resources.filters import EXT_PROC
 
@@ -148,6 +149,17 @@ def backends_of(policy: Policy, model: ModelName) -> frozenset[BackendId]:
     return frozenset(c.backend_id for entry in entries if entry for c in candidates_among(policy, entry, None))
 
 
+def by_model(policy: Policy) -> dict[ModelName, Policy]:
+    """For each model, sorted, the policy with this model's entries alone.
+
+    What follows looks through all entries of a policy; with the whole one it would do so once for each model.
+    """
+    entries: dict[ModelName, list[ModelPolicy]] = {}
+    for entry in policy.models:
+        entries.setdefault(entry.model, []).append(entry)
+    return {model: replace(policy, models=tuple(entries[model])) for model in sorted(entries)}
+
+
 def what_decides(policy: Policy, model: ModelName) -> object:
     """The part of a policy that a model's routes are made of: equal values, equal routes."""
     overrides = tuple(o for o in policy.organization_overrides if o.model in (model, ANY))
@@ -155,8 +167,7 @@ def what_decides(policy: Policy, model: ModelName) -> object:
     choices: tuple[Entry, ...] = (*entries, *overrides)
     used = {w.backend_id for w in chain.from_iterable(choice.backends for choice in choices)}
     timeouts = tuple(sorted((b.id, b.timeout_s) for b in policy.backends if b.id in used))
-    killed = tuple(sorted(k.backend_id for k in policy.kill_switches if k.enabled and k.backend_id in used))
-    return ("routes", entries, overrides, timeouts, killed)
+    return ("routes", entries, overrides, timeouts, killed(policy) & used)
 
 
 def model_routes(policy: Policy, model: ModelName, settings: XdsSettings) -> RouteConfiguration:
