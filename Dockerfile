@@ -1,4 +1,4 @@
-# The image of every Python program: extproc, xds, the mock backends and the router command.
+# The image of every Python program: extproc, xds, usage, the mock backends and the router command.
 #   docker build -t api-router:dev .
 #   docker run --rm api-router:dev cli --help
 # PYTHON_IMAGE can name a digest, or the same image on a registry of your own.

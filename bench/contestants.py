@@ -117,14 +117,30 @@ def envoy_do_nothing(directory: Path, backend: Backend, *, threads: int, workers
         )
 
 
+EVERY_LIMIT: Final = {
+    "requests_per_second": 10**9,
+    "tokens_per_minute": 10**12,
+    "max_parallel": 10**9,
+    "budgets": [{"period": period, "usd": 10**8, "tokens": 10**15} for period in ("DAILY", "MONTHLY")],
+}
+"""Everything that can be limited is, so high that nothing is denied."""
+
+
 def write_policy(directory: Path, ports: Sequence[int], model: str) -> None:
-    """A policy of two backends with even weights, both of them nginx."""
+    """A policy of two backends with even weights, both of them nginx; every limit holds, of organisation and of key."""
     backends = {f"nginx-{number}": f"http://127.0.0.1:{port}" for number, port in enumerate(ports, 1)}
     document = {
         "backends": [
-            {"id": name, "uri": uri, "timeout": "30s", "health_check": {"path": "/health", "interval": "10s"}}
+            {
+                "id": name,
+                "uri": uri,
+                "timeout": "30s",
+                "health_check": {"path": "/health", "interval": "10s"},
+                "price": {"input_usd_per_1k": 0.005, "output_usd_per_1k": 0.015},
+            }
             for name, uri in backends.items()
         ],
+        "limits": {"default": EVERY_LIMIT, "default_key": EVERY_LIMIT},
         "default_policy": {"failover_threshold": 3, "ejection": "30s"},
         "models": [
             {
@@ -140,7 +156,7 @@ def write_policy(directory: Path, ports: Sequence[int], model: str) -> None:
 
 def _settings(directory: Path, *, workers: int, key_file: Path) -> tuple[dict[str, str], int, int]:
     """Environment of the router's programs as in production, the public port and Envoy's admin port."""
-    port, admin_port, envoy_admin_port, metrics_port = free_ports(4)
+    port, admin_port, envoy_admin_port, metrics_port, usage_port = free_ports(5)
     environ = {
         "ENVIRONMENT": "production",
         "RUN_DIR": str(directory),
@@ -152,6 +168,7 @@ def _settings(directory: Path, *, workers: int, key_file: Path) -> tuple[dict[st
         "ADMIN_PORT": str(admin_port),
         "ENVOY_ADMIN_ADDRESS": f"127.0.0.1:{envoy_admin_port}",
         "EXTPROC_METRICS_PORT": str(metrics_port),
+        "USAGE_METRICS_PORT": str(usage_port),
         "EXTPROC_WORKERS": str(workers),
         "DRAIN_TIMEOUT_S": "1",
         "PYTHONPATH": str(ROOT),
@@ -178,18 +195,19 @@ def router(
     environ, port, admin_port = _settings(directory, workers=workers, key_file=key_file)
     socket = ("--port", "0", "--unixsocket", str(directory / "valkey.sock"), "--dir", str(directory), "--save", "")
     valkey = Process("valkey", (str(get_binary_path()), *socket), directory=directory, environ={})
-    xds, extproc = (
-        Process(name, (sys.executable, "-m", name), directory=directory, environ=environ) for name in ("xds", "extproc")
+    xds, extproc, usage = (
+        Process(name, (sys.executable, "-m", name), directory=directory, environ=environ)
+        for name in ("xds", "extproc", "usage")
     )
     admin = {"admin": {"address": {"socket_address": {"address": "127.0.0.1", "port_value": admin_port}}}}
     bootstrap = str(ROOT / "envoy" / "bootstrap.yaml")
     envoy = _envoy(directory, threads, "-c", bootstrap, "--config-yaml", json.dumps(admin))
-    with _running(valkey, xds, extproc, envoy):
+    with _running(valkey, xds, extproc, usage, envoy):
         yield Contestant(
             letter="C",
             name="router",
             url=f"http://127.0.0.1:{port}",
             backend=backend,
-            processes=(envoy, xds, extproc, valkey),
+            processes=(envoy, xds, extproc, usage, valkey),
             workers=lambda: _workers_of(extproc),
         )

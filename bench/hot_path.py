@@ -1,6 +1,7 @@
 """Microseconds of processor time that the router's own Python takes for one request, without gRPC, Envoy and sockets.
 
-Decode, decide and encode for the headers, then for the body, exactly as ``extproc.server`` calls them. Free of the
+Decode, decide and encode for the headers, then for the body, exactly as ``extproc.server`` calls them; the limit store is a
+Valkey on a unix socket, whose own time does not count. Free of the
 machine's other noise, it shows a slower hot path that requests per second would hide.
 """
 
@@ -13,6 +14,7 @@ import statistics
 import sys
 import tempfile
 import time
+import uuid
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Final
@@ -32,7 +34,12 @@ REQUESTS: Final = 2000
 ROUNDS: Final = 9
 
 
-def _headers(key: str, length: int) -> list[tuple[str, str]]:
+def request_id() -> str:
+    """A new one, as Envoy makes them."""
+    return str(uuid.uuid4())
+
+
+def _headers(key: str, length: int, request: str) -> list[tuple[str, str]]:
     """What Envoy sends of a client's chat completion."""
     return [
         (":authority", "api.example.com"),
@@ -46,27 +53,27 @@ def _headers(key: str, length: int) -> list[tuple[str, str]]:
         ("x-forwarded-for", "127.0.0.1"),
         ("x-forwarded-proto", "http"),
         ("x-envoy-internal", "true"),
-        ("x-request-id", "5b0d9f6c-6c1e-4b5e-9d0a-3f1f0f6b7c2d"),
+        ("x-request-id", request),
     ]
 
 
-def messages(key: str, body: str) -> tuple[bytes, bytes]:
+def messages(key: str, body: str, request: str) -> tuple[bytes, bytes]:
     """The two ProcessingRequests of one exchange."""
     from extproc.wire import message
 
-    request = message("envoy.service.ext_proc.v3.ProcessingRequest")
-    headers = [{"key": name, "raw_value": value.encode()} for name, value in _headers(key, len(body))]
-    said = request(request_headers={"headers": {"headers": headers}}, metadata_context={})
-    whole = request(request_body={"body": body.encode(), "end_of_stream": True}, metadata_context={})
+    message_of = message("envoy.service.ext_proc.v3.ProcessingRequest")
+    headers = [{"key": name, "raw_value": value.encode()} for name, value in _headers(key, len(body), request)]
+    said = message_of(request_headers={"headers": {"headers": headers}}, metadata_context={})
+    whole = message_of(request_body={"body": body.encode(), "end_of_stream": True}, metadata_context={})
     return said.SerializeToString(), whole.SerializeToString()
 
 
-async def _round(decide: Callable[[], Any], sent: tuple[bytes, bytes]) -> list[float]:
-    """Microseconds a request for every step, the mean over one round."""
+async def _round(decide: Callable[[], Any], key: str, body: str) -> list[float]:
+    """Microseconds a request for every step, the mean over one round. Each request has an id of its own, as Envoy's."""
     from extproc.wire import decode, encode
 
     clock, spent = time.thread_time_ns, [0] * len(STEPS)
-    for _ in range(REQUESTS):
+    for sent in [messages(key, body, request_id()) for _ in range(REQUESTS)]:
         decision, at = decide(), 0
         for data in sent:
             t0 = clock()
@@ -86,40 +93,35 @@ async def _round(decide: Callable[[], Any], sent: tuple[bytes, bytes]) -> list[f
 async def _measure(directory: Path) -> dict[str, float]:
     from bench.contestants import write_policy
     from bench.keys import write_key
+    from bench.limits import running_valkey
     from bench.load import BODY, MODEL
     from extproc.exchange import Forward
-    from extproc.keys.open import open_keys
-    from extproc.metrics import RequestCounts
-    from extproc.pipeline import Deciders, Decision
+    from extproc.pipeline import Decision
     from extproc.policy import FollowedPolicy
     from extproc.wire import decode
+    from extproc.worker import open_deciders
     from gateway.settings import ExtprocSettings
     from gateway.telemetry import get_logger
 
     key = write_key(directory / "keys.yaml")
     write_policy(directory / "policies", (8001, 8002), MODEL)
-    settings = ExtprocSettings(
-        environment="production", run_dir=directory, policy_dir=directory / "policies", key_file=directory / "keys.yaml"
-    )
     log = get_logger()
-    policy = FollowedPolicy(settings, log=log)
-    async with open_keys(settings, log=log) as keys:
-        deciders = Deciders(
-            keys=keys.store,
-            policy=policy.table,
-            outcomes=RequestCounts(),
-            log=log,
-            clock_s=time.time,
-            body_max_bytes=settings.body_max_bytes,
-            payload_max_bytes=settings.inference_payload_max_bytes,
+    async with running_valkey() as address:
+        settings = ExtprocSettings(
+            environment="production",
+            run_dir=directory,
+            policy_dir=directory / "policies",
+            key_file=directory / "keys.yaml",
+            redis_addr=address,
         )
-        sent = messages(key, BODY)
-        decision = Decision(deciders, None)
-        for data in sent:
-            command = await decision.on_event(decode(data))
-        if not isinstance(command, Forward):
-            sys.exit(f"the request is not forwarded: {command}")
-        rounds = [await _round(lambda: Decision(deciders, None), sent) for _ in range(ROUNDS + 1)][1:]
+        policy = FollowedPolicy(settings, log=log)
+        async with open_deciders(settings, policy, log=log) as deciders:
+            decision = Decision(deciders, None)
+            for data in messages(key, BODY, request_id()):
+                command = await decision.on_event(decode(data))
+            if not isinstance(command, Forward):
+                sys.exit(f"the request is not forwarded: {command}")
+            rounds = [await _round(lambda: Decision(deciders, None), key, BODY) for _ in range(ROUNDS + 1)][1:]
     steps = {name: statistics.median(each) for name, each in zip(STEPS, zip(*rounds, strict=True), strict=True)}
     totals = sorted(map(sum, rounds))
     return {**steps, "total": statistics.median(totals), "best": totals[0], "worst": totals[-1]}

@@ -26,6 +26,9 @@ SUBCOMMANDS: Final = (
     Subcommand(name="up", module="cli.up", summary="Start everything on this machine."),
     Subcommand(name="policies", module="cli.policies", summary="Check routing policies."),
     Subcommand(name="keys", module="cli.keys", summary="Create, list and revoke API keys."),
+    Subcommand(name="limits", module="cli.limits", summary="Show what is used of limits, or reset it."),
+    Subcommand(name="budget", module="cli.budget", summary="Show and set budgets."),
+    Subcommand(name="audit", module="cli.audit", summary="List audit events."),
     Subcommand(name="status", module="cli.status", summary="Show the state of a running router."),
 )
 

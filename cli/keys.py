@@ -4,30 +4,27 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import secrets
 import time
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Final
 
 import click
-from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from cli.embedded import embedded_valkey
+from cli.shown import iso, moment_s, print_table, span_s
 from extproc.keys.record import KeyRecord, RecordInvalid, digest, fields_of, record_from
 from extproc.keys.register import FileRegister, KeyExists, KeyRegister, RedisRegister, RegisterError
-from gateway.settings import VALKEY_SOCKET
 from policies.model import KeyId, OrganizationId
 
 KEY_PREFIX: Final = "rk-"
 SIGNING_PREFIX: Final = "rs-"
 SECRET_BYTES: Final = 32
-_UNIT_S: Final = {"s": 1, "m": 60, "h": 3600, "d": 86_400, "w": 604_800}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -44,9 +41,8 @@ def registers(file: Path | None, redis: str | None) -> tuple[KeyRegister, ...]:
     Raises:
         click.UsageError: none is named, or an address has the wrong form.
     """
-    embedded = Path(os.environ.get("RUN_DIR", ".run")).absolute() / VALKEY_SOCKET
-    if not file and not redis and embedded.exists():
-        redis = f"unix://{embedded}"
+    if not file and not redis:
+        redis = embedded_valkey(Path(os.environ.get("RUN_DIR", ".run")))
     try:
         found: list[KeyRegister] = [RedisRegister(redis)] if redis else []
     except ValueError as error:
@@ -81,17 +77,15 @@ def expiry(expires_in: str | None, expires_at: str | None, *, now: float) -> flo
     if expires_in and expires_at:
         raise click.UsageError("Give --expires-in or --expires-at, not both.")
     if expires_in:
-        match = re.fullmatch(r"([1-9][0-9]{0,8})([smhdw])", expires_in)
-        if not match:
+        span = span_s(expires_in)
+        if span is None:
             raise click.UsageError("--expires-in is a number and a unit: 90s, 30m, 12h, 30d or 8w.")
-        return float(int(now) + int(match[1]) * _UNIT_S[match[2]])
+        return float(int(now) + span)
     if not expires_at:
         return None
-    try:
-        moment = datetime.fromisoformat(expires_at)
-    except ValueError:
-        raise click.UsageError("--expires-at is an ISO 8601 time, such as 2030-01-31T12:00:00Z.") from None
-    at = (moment if moment.tzinfo else moment.replace(tzinfo=UTC)).timestamp()
+    at = moment_s(expires_at)
+    if at is None:
+        raise click.UsageError("--expires-at is an ISO 8601 time, such as 2030-01-31T12:00:00Z.")
     if at <= now:
         raise click.UsageError("--expires-at has passed already.")
     return at
@@ -153,7 +147,7 @@ def shown(record: KeyRecord, *, store: str, now: float) -> dict[str, Any]:
 
 
 def _iso(at: float | None) -> str | None:
-    return None if at is None else datetime.fromtimestamp(at, UTC).isoformat(timespec="seconds").replace("+00:00", "Z")
+    return None if at is None else iso(at)
 
 
 def _stores(command: Any) -> Any:
@@ -267,8 +261,7 @@ def list_(organization_id: str | None, file: Path | None, redis: str | None, as_
         table.add_column(heading, overflow="fold")
     for row in rows:
         table.add_row(*_cells(row))
-    width = None if "COLUMNS" in os.environ or Console().is_terminal else 200
-    Console(width=width).print(table)
+    print_table(table)
 
 
 def _cells(row: dict[str, Any]) -> tuple[str, ...]:

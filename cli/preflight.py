@@ -65,16 +65,22 @@ def _why_taken(use: PortUse) -> str | None:
     return None
 
 
+def run_path(wanted: Path) -> Path:
+    """The run directory, absolute; a short one of the same user when its sockets' paths were too long."""
+    path = wanted.absolute()
+    if len(os.fsencode(path / LONGEST_SOCKET)) <= SOCKET_PATH_MAX_BYTES:
+        return path
+    digest = hashlib.sha256(os.fsencode(path)).hexdigest()[:12]
+    return Path(tempfile.gettempdir()) / f"router-{os.getuid()}-{digest}"
+
+
 def run_directory(wanted: Path) -> Path:
-    """The run directory, created, absolute; a short one of the same user when its sockets' paths were too long.
+    """The directory of :func:`run_path`, created.
 
     Raises:
         SettingsError: it cannot be created, or the short one belongs to somebody else.
     """
-    path = wanted.absolute()
-    if len(os.fsencode(path / LONGEST_SOCKET)) > SOCKET_PATH_MAX_BYTES:
-        digest = hashlib.sha256(os.fsencode(path)).hexdigest()[:12]
-        path = Path(tempfile.gettempdir()) / f"router-{os.getuid()}-{digest}"
+    path = run_path(wanted)
     try:
         path.mkdir(mode=0o700, parents=True, exist_ok=True)
         if not os.access(path, os.W_OK) or (path != wanted.absolute() and path.stat().st_uid != os.getuid()):

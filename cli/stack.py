@@ -15,7 +15,7 @@ from cli.supervise import Program
 from cli.up_settings import UpSettings
 from gateway import names
 from gateway.endpoints import READYZ_PATH
-from gateway.settings import VALKEY_SOCKET, XDS_SOCKET, SettingsError
+from gateway.settings import USAGE_SOCKET, VALKEY_SOCKET, XDS_SOCKET, SettingsError
 
 LOOPBACK: Final = "127.0.0.1"
 ANY_HOSTS: Final = frozenset({"", "0.0.0.0", "::"})
@@ -40,6 +40,7 @@ def port_uses(settings: UpSettings) -> tuple[PortUse, ...]:
         PortUse(variable="ADMIN_PORT", host=settings.admin_host, port=settings.admin_port),
         PortUse(variable="ENVOY_ADMIN_PORT", host=LOOPBACK, port=settings.envoy_admin_port),
         PortUse(variable="EXTPROC_METRICS_PORT", host=LOOPBACK, port=settings.extproc_metrics_port),
+        PortUse(variable="USAGE_METRICS_PORT", host=LOOPBACK, port=settings.usage_metrics_port),
         *(mocks if settings.mocks else ()),
     )
 
@@ -56,6 +57,7 @@ def environment(settings: UpSettings, run_dir: Path) -> Mapping[str, str]:
         "ADMIN_PORT": str(settings.admin_port),
         "ENVOY_ADMIN_ADDRESS": f"{LOOPBACK}:{settings.envoy_admin_port}",
         "EXTPROC_METRICS_PORT": str(settings.extproc_metrics_port),
+        "USAGE_METRICS_PORT": str(settings.usage_metrics_port),
         "EXTPROC_WORKERS": str(settings.extproc_workers),
         "REDIS_ADDR": settings.redis_addr or f"unix://{run_dir / VALKEY_SOCKET}",
         "BACKEND_ENDPOINTS": _backend_endpoints(settings),
@@ -98,6 +100,7 @@ def programs(settings: UpSettings, run_dir: Path) -> tuple[Program, ...]:
         *mocks,
         _xds(settings, run_dir, shared),
         _extproc(settings, run_dir, shared),
+        _usage(settings, run_dir, shared),
         _envoy(settings, run_dir),
     )
 
@@ -156,6 +159,18 @@ def _extproc(settings: UpSettings, run_dir: Path, shared: Mapping[str, str]) -> 
     )
 
 
+def _usage(settings: UpSettings, run_dir: Path, shared: Mapping[str, str]) -> Program:
+    return Program(
+        name="usage",
+        command=(sys.executable, "-m", "usage"),
+        log=_log(run_dir, "usage"),
+        probe=sockets_accept(run_dir / USAGE_SOCKET),
+        needs=("valkey",),
+        address=str(run_dir / USAGE_SOCKET),
+        environment=shared,
+    )
+
+
 def _envoy(settings: UpSettings, run_dir: Path) -> Program:
     """Ready when the whole way of a request is."""
     bootstrap = Path(settings.envoy_bootstrap).absolute() if settings.envoy_bootstrap else BOOTSTRAP
@@ -177,7 +192,7 @@ def _envoy(settings: UpSettings, run_dir: Path) -> Program:
         ),
         log=_log(run_dir, "envoy"),
         probe=http_ok(host, settings.http_port, READYZ_PATH),
-        needs=("xds", "extproc", *MOCK_BACKENDS),
+        needs=("xds", "extproc", "usage", *MOCK_BACKENDS),
         address=f"http://{host}:{settings.http_port}",
         directory=run_dir,
     )

@@ -32,7 +32,7 @@ SIGNALS: Final = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 @click.option("--json", "as_json", is_flag=True, help="When ready, print one line of JSON instead.")
 @click.option("--verbose", is_flag=True, help="Show the programs' output too.")
 def up(*, as_json: bool, verbose: bool) -> None:
-    """Start everything on this machine: Envoy, xds, extproc, Valkey and two mock backends.
+    """Start everything on this machine: Envoy, xds, extproc, usage, Valkey and two mock backends.
 
     Ctrl-C stops it. Every port and path is a setting: see configs/router.sample.yaml.
     """
@@ -97,6 +97,7 @@ def _report(settings: UpSettings, supervisor: Supervisor, *, seconds: float) -> 
             "admin": admin,
             "envoy admin": f"http://{stack.LOOPBACK}:{settings.envoy_admin_port}",
             "extproc metrics": f"http://{stack.LOOPBACK}:{settings.extproc_metrics_port}/metrics",
+            "usage metrics": f"http://{stack.LOOPBACK}:{settings.usage_metrics_port}/metrics",
         },
         "try": list(_curls(base, development=settings.environment == "development")),
     }

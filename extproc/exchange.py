@@ -39,9 +39,10 @@ class ResponseHeaders:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ResponseBody:
-    """The whole answer."""
+    """The answer, or a part of it where it is passed on as it comes; ``ends`` with the last."""
 
     body: bytes
+    ends: bool = True
 
 
 Event = RequestHeaders | RequestBody | ResponseHeaders | ResponseBody
@@ -49,18 +50,28 @@ Event = RequestHeaders | RequestBody | ResponseHeaders | ResponseBody
 # --- Commands: what Envoy is to do.
 
 
-@dataclass(frozen=True, slots=True)
+Metadata = tuple[tuple[str, str | bool], ...]
+"""Dynamic metadata of the exchange, which the access log has too."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Continue:
     """Go on with what was said, unchanged."""
+
+    metadata: Metadata = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Forward:
-    """Route the request: set headers, maybe replace the body, choose the route anew."""
+    """Route the request: set headers, maybe replace the body, choose the route anew.
+
+    ``limits`` is metadata that differs from request to request; the rest is often the same for the same caller.
+    """
 
     headers: tuple[tuple[str, str], ...]
     body: bytes | None
-    metadata: tuple[tuple[str, str | bool], ...]
+    metadata: Metadata
+    limits: tuple[tuple[str, str], ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -79,6 +90,8 @@ class Reply:
     body: bytes
     headers: tuple[tuple[str, str], ...] = ()
     details: str = ""
+    metadata: Metadata = ()
+    limits: tuple[tuple[str, str], ...] = ()
 
 
 Command = Continue | Forward | Rewrite | Reply
@@ -119,4 +132,6 @@ def advance(phase: Phase, event: Event) -> Phase:
     after = _AFTER.get((phase, type(event)))
     if after is None:
         raise OutOfPhase(f"{type(event).__name__} in phase {phase.name}")
+    if after is Phase.DONE and isinstance(event, ResponseBody) and not event.ends:
+        return phase
     return after

@@ -1,4 +1,4 @@
-"""The decision on one request, read from top to bottom: authenticate, validate, route.
+"""The decision on one request, read from top to bottom: authenticate, validate, limit, route.
 
 A :class:`Decision` is the one mutable object of a request. It takes the exchange's events one by one and gives
 the command for each; a client's fault ends it with a reply, a fault of ours with a 500 that the log explains.
@@ -8,14 +8,16 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final, Protocol
 
+from extproc.audit import AUDITED, denial, told
 from extproc.authenticate import authenticate, presented_key, require_scope, verify_signature
 from extproc.exchange import (
     Command,
     Continue,
     Event,
+    Metadata,
     Phase,
     Reply,
     RequestBody,
@@ -27,17 +29,22 @@ from extproc.exchange import (
 )
 from extproc.keys.record import Caller
 from extproc.keys.store import KeyStore
+from extproc.limit import Limiter, claim_of, limit
 from extproc.policy import PolicyTable
-from extproc.replies import model_list, refusal
+from extproc.recording import Recording
+from extproc.replies import model_list, refusal, repetition
 from extproc.route import choose, route
 from extproc.translate import Trace, answer
-from extproc.validate import Ask, validate
+from extproc.validate import Ask, Inference, validate
 from gateway import names
+from gateway.audit import AuditTrail
 from gateway.endpoints import MODELS_PATH, POST_ENDPOINTS, Endpoint, Kind
-from gateway.errors import Reason, Refused
+from gateway.errors import Reason, Refused, StoreUnavailable
 from gateway.telemetry import Logger
+from limits.model import StoredAnswer
 
 _POSTS: Final[Mapping[str, Endpoint]] = {endpoint.path: endpoint for endpoint in POST_ENDPOINTS}
+_CLOSED: Final = (names.METADATA_CLOSED, True)
 _MODELS: Final = Endpoint(kind=Kind.MODELS, method="GET", path=MODELS_PATH, openai=True)
 
 
@@ -57,21 +64,24 @@ class Deciders:
     outcomes: Outcomes
     log: Logger
     clock_s: Callable[[], float]
+    limiter: Limiter
+    audit: AuditTrail
     body_max_bytes: int
     payload_max_bytes: int
+    kept_answer_max_bytes: int
 
 
 class Decision:
     """One request on its way through the pipeline."""
 
     __slots__ = (
-        "_answer_headers",
         "_ask",
         "_caller",
         "_deciders",
         "_endpoint",
         "_head",
         "_phase",
+        "_recording",
         "_started_s",
         "_trace",
     )
@@ -81,7 +91,7 @@ class Decision:
         self._trace = traceparent
         self._phase = Phase.REQUEST_HEADERS
         self._head: Mapping[str, str] = {}
-        self._answer_headers: Mapping[str, str] = {}
+        self._recording: Recording | None = None
         self._endpoint = _MODELS
         self._caller: Caller | None = None
         self._ask: Ask | None = None
@@ -95,12 +105,11 @@ class Decision:
                 case RequestHeaders():
                     return await self._on_request_headers(event)
                 case RequestBody():
-                    return self._on_request_body(event)
+                    return await self._on_request_body(event)
                 case ResponseHeaders():
-                    self._answer_headers = event.headers
-                    return self._on_empty_answer() if event.ends else Continue()
+                    return await self._on_response_headers(event)
                 case ResponseBody():
-                    return self._on_answer(event.body)
+                    return await self._on_response_body(event)
         except Refused as refused:
             return self._refuse(refused)
         except Exception:  # noqa: BLE001 - the last line of defence: our bug, told to nobody but the log
@@ -119,12 +128,20 @@ class Decision:
             return self._models(path, self._caller)
         require_scope(self._caller, "inference")
         self._check_body_to_come(event)
-        return Continue()
+        return Continue(metadata=self._whose())
+
+    def _whose(self) -> Metadata:
+        """Who is calling, for the access log."""
+        caller = self._caller
+        if caller is None:
+            return ()
+        return ((names.METADATA_ORGANIZATION, caller.organization_id), (names.METADATA_KEY, caller.key_id))
 
     def _models(self, path: str, caller: Caller) -> Reply:
         table = self._deciders.policy()
+        reply = model_list(path.removeprefix(MODELS_PATH).strip("/"), caller, table)
         self._deciders.outcomes.decided(_MODELS.kind.value, "answered")
-        return model_list(path.removeprefix(MODELS_PATH).strip("/"), caller, table)
+        return replace(reply, metadata=(*self._whose(), _CLOSED))
 
     def _check_body_to_come(self, event: RequestHeaders) -> None:
         """Refuse by the headers what would be refused by the body, before it is buffered."""
@@ -142,7 +159,7 @@ class Decision:
         if event.ends:
             raise Refused(Reason.MALFORMED_BODY, "The body is empty; send a JSON object.")
 
-    def _on_request_body(self, event: RequestBody) -> Command:
+    async def _on_request_body(self, event: RequestBody) -> Command:
         deciders, caller, table = self._deciders, self._caller, self._deciders.policy()
         assert caller is not None  # noqa: S101 - the phases see to it
         ask = validate(
@@ -151,11 +168,30 @@ class Decision:
             body_max_bytes=deciders.body_max_bytes,
             payload_max_bytes=deciders.payload_max_bytes,
         )
+        self._ask = ask
         self._verify(caller, ask, event.body)
         choice = choose(caller, ask, table.index, table.silent)
-        self._ask = ask
+        claim = claim_of(self._endpoint, ask, event.body, self._head.get(names.HEADER_IDEMPOTENCY_KEY))
+        request_id = self._head.get(names.HEADER_REQUEST_ID, "")
+        grant = await limit(deciders.limiter, caller, ask, choice, table, request_id=request_id, claim=claim)
+        if isinstance(grant, StoredAnswer):
+            deciders.outcomes.decided(self._endpoint.kind.value, "repeated")
+            return replace(repetition(grant), metadata=(*self._whose(), _CLOSED))
         deciders.outcomes.decided(self._endpoint.kind.value, "forwarded")
-        return route(caller, ask, choice, self._endpoint)
+        forward = route(
+            caller, ask, choice, self._endpoint, grant.edits, metadata=grant.metadata, figures=grant.figures
+        )
+        if ask.inference is not None or grant.claim is not None:
+            self._recording = Recording(
+                claim=grant.claim,
+                store=deciders.limiter.store,
+                organization_id=caller.organization_id,
+                request_id=request_id,
+                max_bytes=deciders.kept_answer_max_bytes,
+                kind=ask.kind,
+                without_usage=(names.METADATA_STRIP_USAGE, True) in forward.metadata,
+            )
+        return forward
 
     def _verify(self, caller: Caller, ask: Ask, body: bytes) -> None:
         over_body = self._head.get(names.HEADER_SIGNATURE)
@@ -164,26 +200,56 @@ class Decision:
         else:
             verify_signature(caller, over_body, body)
 
-    def _on_empty_answer(self) -> Command:
-        """There is no body whose replacement could carry the answer: it has to be a reply of ours."""
-        command = self._on_answer(b"")
+    async def _on_response_headers(self, event: ResponseHeaders) -> Command:
+        if self._recording is None:
+            return Continue()
+        self._recording.headers = event.headers
+        if not event.ends:
+            return Continue()
+        command = await self._on_response_body(ResponseBody(body=b""))
         if not isinstance(command, Rewrite):
             return command
-        return Reply(status=command.status or int(self._answer_headers[":status"]), body=command.body)
+        # There is no body whose replacement could carry the answer: it has to be a reply of ours.
+        return Reply(status=command.status or self._status(), body=command.body)
 
-    def _on_answer(self, body: bytes) -> Command:
-        ask, inference = self._ask, self._ask.inference if self._ask else None
-        if ask is None or inference is None:
+    async def _on_response_body(self, event: ResponseBody) -> Command:
+        recording, ask = self._recording, self._ask
+        if recording is None or ask is None:
             return Continue()
-        backend = self._answer_headers.get(names.HEADER_ROUTING_BACKEND, "")
+        command: Command = Continue()
+        body, status = event.body, self._status()
+        if ask.inference is not None:
+            command = self._answer(ask.inference, body, recording.headers)
+            body, status = command.body, command.status or status
+        recording.add(body)
+        if event.ends:
+            await recording.keep(status=status, log=self._deciders.log)
+        return command
+
+    def _status(self) -> int:
+        headers = self._recording.headers if self._recording else {}
+        return int(headers.get(":status", "502"))
+
+    def _answer(self, inference: Inference, body: bytes, headers: Mapping[str, str]) -> Rewrite:
+        backend = headers.get(names.HEADER_ROUTING_BACKEND, "")
         return answer(
-            status=int(self._answer_headers.get(":status", "502")),
+            status=self._status(),
             body=body,
             request_id=inference.request_id,
             latency_ms=round((self._deciders.clock_s() - self._started_s) * 1000),
             price=self._deciders.policy().prices.get(backend),
             trace=self._ids(),
         )
+
+    @property
+    def waited_for(self) -> bool:
+        """Whether somebody may wait for this answer by its idempotency key."""
+        return self._recording is not None and self._recording.holds_claim
+
+    async def end(self) -> None:
+        """The exchange is over before its answer was complete: the next request with its key is the first again."""
+        if self._recording is not None:
+            await self._recording.let_go(self._deciders.log)
 
     def _ids(self) -> Trace:
         """W3C ids of the request's trace, or ids made of the request id where nothing is traced."""
@@ -195,18 +261,23 @@ class Decision:
 
     def _refuse(self, refused: Refused) -> Reply:
         self._deciders.outcomes.decided(self._endpoint.kind.value, refused.reason.value)
-        ids = self._ids()
+        ids, caller = self._ids(), self._caller
+        request_id = self._head.get(names.HEADER_REQUEST_ID, "")
+        said = told(refused, self._endpoint, model=self._ask.model if self._ask else None, trace_id=ids.trace_id)
+        # Where the store did not answer, an entry may be open all the same, and the ledger has to see to it.
+        outage = refused.__cause__ if isinstance(refused.__cause__, StoreUnavailable) else None
         self._deciders.log.info(
             "request_refused",
-            reason=refused.reason.value,
-            status=refused.refusal.status,
-            param=refused.param,
-            endpoint=self._endpoint.kind.value,
-            api_key_id=self._caller.key_id if self._caller else None,
-            request_id=self._head.get(names.HEADER_REQUEST_ID),
-            trace_id=ids.trace_id,
+            api_key_id=caller.key_id if caller else None,
+            request_id=request_id,
+            cause=str(outage) if outage else None,
+            **said,
         )
-        return refusal(refused, openai=self._endpoint.openai, trace_id=ids.trace_id)
+        if refused.refusal.status in AUDITED:
+            event = denial(caller, said, request_id=request_id, now_s=self._deciders.clock_s())
+            self._deciders.audit.record(event)
+        reply = refusal(refused, openai=self._endpoint.openai, trace_id=ids.trace_id)
+        return replace(reply, metadata=self._whose() if outage else (*self._whose(), _CLOSED))
 
     def _fail(self) -> Reply:
         error_id, ids = secrets.token_hex(8), self._ids()

@@ -5,14 +5,31 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Final
 
 from gateway.settings import LAST_GOOD_FILE, CommonSettings
 from gateway.telemetry import Logger
 from policies.candidates import PolicyIndex
+from policies.limits import LimitIndex
 from policies.load import PolicyRejected, load, load_or_last_good
-from policies.model import BackendId, Policy, Price
+from policies.model import BackendId, ModelName, OrganizationId, Policy, Price
+from policies.price import FREE, dearest, written
 from policies.watch import watch
+
+COSTS_MAX: Final = 10_000
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Costs:
+    """What a model's answers may cost: ``dearest`` of the candidates' prices, and all of them in a line for the ledger.
+
+    ``max_output_tokens`` None: the policy does not say.
+    """
+
+    dearest: Price
+    written: str
+    max_output_tokens: int | None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -20,15 +37,40 @@ class PolicyTable:
     """What decisions look up. ``silent`` backends report no usage; ``loaded_at`` is unix seconds."""
 
     index: PolicyIndex
+    limits: LimitIndex
     prices: Mapping[str, Price]
     silent: frozenset[BackendId]
     loaded_at: int
+    _costs: dict[tuple[OrganizationId, ModelName, frozenset[BackendId] | None], Costs] = field(default_factory=dict)
+
+    def costs(self, organization_id: OrganizationId, model: ModelName, variant: frozenset[BackendId] | None) -> Costs:
+        """Costs of a model that the organisation has, over the backends of a variant; worked out once."""
+        key = (organization_id, model, variant)
+        found = self._costs.get(key)
+        if found is None:
+            if len(self._costs) >= COSTS_MAX:
+                self._costs.clear()
+            found = self._costs[key] = self._work_out(*key)
+        return found
+
+    def _work_out(
+        self, organization_id: OrganizationId, model: ModelName, variant: frozenset[BackendId] | None
+    ) -> Costs:
+        resolved = self.index.lookup(organization_id, model)
+        backends = [w.backend_id for w in resolved.entry.backends] if resolved is not None else []
+        among = [backend for backend in backends if variant is None or backend in variant]
+        return Costs(
+            dearest=dearest(self.prices.get(backend) for backend in among),
+            written=written({backend: self.prices.get(backend, FREE) for backend in among}),
+            max_output_tokens=self.index.max_output_tokens(organization_id, model),
+        )
 
 
 def table_of(policy: Policy, *, now_s: float) -> PolicyTable:
     """The table of a policy."""
     return PolicyTable(
         index=PolicyIndex(policy),
+        limits=LimitIndex(policy.limits),
         prices={backend.id: backend.price for backend in policy.backends if backend.price is not None},
         silent=frozenset(backend.id for backend in policy.backends if not backend.reports_usage),
         loaded_at=int(now_s),

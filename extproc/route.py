@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 
+from extproc.edit import Edit, edited, in_order, place_after, setting
 from extproc.exchange import Forward
 from extproc.json_body import Document, written
 from extproc.keys.record import Caller
@@ -45,70 +47,63 @@ def choose(caller: Caller, ask: Ask, index: PolicyIndex, silent: frozenset[Backe
     return Choice(variant=variant, reports_usage=reports)
 
 
-@dataclass(frozen=True, slots=True)
-class Edit:
-    """A replacement of ``text[start:end]``, in characters."""
-
-    start: int
-    end: int
-    replacement: str
-
-    def apply(self, text: str) -> str:
-        """The text with the replacement in place."""
-        return text[: self.start] + self.replacement + text[self.end :]
-
-    @property
-    def moved(self) -> int:
-        """How far everything after the edit moves."""
-        return len(self.replacement) - (self.end - self.start)
-
-
 def _ask_for_usage(document: Document) -> Edit | None:
     """What adds ``stream_options.include_usage`` to the body; None when the client asked for it itself."""
     options = document.members.get("stream_options")
     if options and options.get("include_usage"):
         return None
-    if "stream_options" not in document.members:
-        opening = document.text.index("{") + 1
-        return Edit(opening, opening, '"stream_options":{"include_usage":true},')
-    wanted = written({**(options or {}), "include_usage": True})
-    return Edit(*document.place("stream_options"), wanted)
+    wanted = written({**options, "include_usage": True}) if options else '{"include_usage":true}'
+    return setting(document, "stream_options", wanted)
 
 
-def _model_span(document: Document, edit: Edit | None, text: str) -> str:
+def _model_span(document: Document, edits: Sequence[Edit], text: str) -> str:
     """Value of the model span header: where the model's name stands in the edited text, in bytes."""
-    start, end = document.place("model")
-    if edit is not None and start >= edit.end:
-        start, end = start + edit.moved, end + edit.moved
+    start, end = place_after(edits, document.place("model"))
     if text.isascii():
         return f"{start}:{end - start}"
     return f"{len(text[:start].encode())}:{len(text[start:end].encode())}"
 
 
-def route(caller: Caller, ask: Ask, choice: Choice, endpoint: Endpoint) -> Forward:
-    """The command that sends a request on its way; the body changes only where it must."""
+def route(
+    caller: Caller,
+    ask: Ask,
+    choice: Choice,
+    endpoint: Endpoint,
+    edits: Sequence[Edit] = (),
+    *,
+    metadata: Sequence[tuple[str, str | bool]] = (),
+    figures: tuple[tuple[str, str], ...] = (),
+) -> Forward:
+    """The command that sends a request on its way; the body changes only where it must.
+
+    ``edits`` are of the ask's document, in any order; none of them touches ``model`` or ``stream_options``.
+    ``metadata`` and ``figures`` go along: the second are metadata that no two requests share.
+    """
     # Streams of these two end with [DONE]; the Lua filter watches over that and takes out what is added here.
     watched = ask.stream and endpoint.kind in (Kind.CHAT, Kind.COMPLETION)
-    edit = _ask_for_usage(ask.document) if watched and choice.reports_usage else None
-    text = edit.apply(ask.document.text) if edit else ask.document.text
+    usage = _ask_for_usage(ask.document) if watched and choice.reports_usage else None
+    edits = in_order(edits if usage is None else (*edits, usage))
+    text = edited(ask.document.text, edits)
     headers = [
         (names.HEADER_ORGANIZATION, caller.organization_id),
         (names.HEADER_MODEL, ask.model),
-        (names.HEADER_MODEL_SPAN, _model_span(ask.document, edit, text)),
+        (names.HEADER_MODEL_SPAN, _model_span(ask.document, edits, text)),
     ]
     if choice.variant is not None:
         headers.append((names.HEADER_VARIANT, names.variant(choice.variant)))
     if ask.path is not None:
         headers += [(":path", ask.path), (names.HEADER_ENDPOINT, endpoint.kind.value)]
-    metadata: list[tuple[str, str | bool]] = [
+    said: list[tuple[str, str | bool]] = [
         (names.METADATA_ORGANIZATION, caller.organization_id),
         (names.METADATA_KEY, caller.key_id),
         (names.METADATA_MODEL, ask.model),
+        *metadata,
     ]
     if watched:
-        metadata += [(names.METADATA_STREAM, True), (names.METADATA_STRIP_USAGE, edit is not None)]
+        said += [(names.METADATA_STREAM, True), (names.METADATA_STRIP_USAGE, usage is not None)]
     return Forward(
         headers=tuple(headers),
-        body=text.encode() if edit or ask.path is not None else None,
-        metadata=tuple(metadata),
+        body=text.encode() if edits or ask.path is not None else None,
+        metadata=tuple(said),
+        limits=figures,
     )

@@ -43,6 +43,7 @@ class ExtProcServer:
         self._traced = traced
         self._log = log
         self._health = HealthServicer()
+        self._endings: set[asyncio.Future[None]] = set()
         limit = buffer_bytes + _ROOM_BYTES
         self._server = grpc.aio.server(
             options=[
@@ -67,6 +68,12 @@ class ExtProcServer:
         except (WireError, OutOfPhase) as error:
             self._log.error("ext_proc_protocol_error", error=str(error))
             await context.abort(grpc.StatusCode.INVALID_ARGUMENT, str(error))
+        finally:
+            if decision.waited_for:
+                # A task of its own: this one may have been cancelled.
+                ending = asyncio.ensure_future(decision.end())
+                self._endings.add(ending)
+                ending.add_done_callback(self._endings.discard)
 
     async def start(self) -> None:
         """Listen, then say that it serves."""

@@ -1,7 +1,7 @@
 """Readiness with component checks, answered in well under a second also when everything behind it hangs.
 
-Ready means: Envoy is live, a worker serves, a policy is in force and a backend can take a request. A store or
-a control plane that is down is shown, but serving goes on without them.
+Ready means: Envoy is live, a worker serves, a policy is in force and a backend can take a request. A store, a
+control plane or a ledger that is down is shown, but serving goes on without them.
 """
 
 from __future__ import annotations
@@ -124,10 +124,12 @@ class StatusReporter:
             status="up" if running and (serving or clusters is None) else "down",
             detail={"workers": running, "workers_wanted": wanted, "workers_serving": len(serving)},
         )
+        ledger = clusters.get(names.CLUSTER_USAGE, []) if clusters else []
+        usage = Component(status="up" if "healthy" in ledger else "down")
         backends = backend_statuses(self._policy(), clusters)
         ready_backends = sum(status in _SERVING for status in backends.values())
         ready = envoy.status == "up" and extproc.status == "up" and ready_backends > 0
-        components = {"envoy": envoy, "xds": xds, "extproc": extproc, "store": store}
+        components = {"envoy": envoy, "xds": xds, "extproc": extproc, "usage": usage, "store": store}
         whole = (
             all(component.status != "down" for component in components.values())
             and not xds.detail.get("warnings")

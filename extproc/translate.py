@@ -14,6 +14,7 @@ from extproc.exchange import Rewrite
 from extproc.json_body import written
 from gateway.errors import REFUSALS, Reason, router_body
 from policies.model import Price
+from policies.price import cost_micro_usd
 
 _MILLION: Final = 1_000_000
 _CODES: Final = {refusal.openai_code: refusal for refusal in REFUSALS.values() if refusal.openai_code}
@@ -34,14 +35,6 @@ def _count(usage: Mapping[str, Any], *names: str) -> int:
         if isinstance(value, int) and not isinstance(value, bool) and value >= 0:
             return value
     return 0
-
-
-def cost_micro_usd(price: Price | None, *, tokens_input: int, tokens_output: int) -> int:
-    """Micro-dollars, rounded up once over the whole request; 0 where the backend has no price."""
-    if price is None:
-        return 0
-    thousandths = tokens_input * price.input_micro_usd_per_1k + tokens_output * price.output_micro_usd_per_1k
-    return -(-thousandths // 1000)
 
 
 def _not_json(constant: str) -> NoReturn:

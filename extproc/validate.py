@@ -34,8 +34,9 @@ class Inference:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Ask:
-    """A sound request. ``document`` is the body for the backend; ``path`` replaces the request's where it is set."""
+    """A sound request. ``document`` is the body for the backend, a call of ``kind``; ``path``, if set, the new path."""
 
+    kind: Kind
     model: ModelName
     document: Document
     path: str | None = None
@@ -138,7 +139,7 @@ def validate(endpoint: Endpoint, body: bytes, *, body_max_bytes: int, payload_ma
     model = _required(document.members, "model", str)
     stream = _optional(document.members, "stream", bool, False)
     _check_call(endpoint.kind, document.members)
-    return Ask(model=ModelName(model), document=document, stream=stream)
+    return Ask(kind=endpoint.kind, model=ModelName(model), document=document, stream=stream)
 
 
 def _inference(members: Mapping[str, Any], payload_max_bytes: int) -> Ask:
@@ -160,8 +161,9 @@ def _inference(members: Mapping[str, Any], payload_max_bytes: int) -> Ask:
         if name in parameters:
             raise _invalid(f"parameters.{name}", f"is not a parameter; it comes from '{_origin(name)}'")
     content_type = _optional(members, "content_type", str, "text/plain")
-    path, document = _call(content_type, model, payload, parameters)
+    kind, path, document = _call(content_type, model, payload, parameters)
     return Ask(
+        kind=kind,
         model=ModelName(model),
         document=document,
         path=path,
@@ -188,8 +190,8 @@ def _metadata(members: Mapping[str, Any]) -> Mapping[str, str]:
     return metadata
 
 
-def _call(content_type: str, model: str, payload: str, parameters: Mapping[str, Any]) -> tuple[str, Document]:
-    """Path and body of the backend call that an inference becomes."""
+def _call(content_type: str, model: str, payload: str, parameters: Mapping[str, Any]) -> tuple[Kind, str, Document]:
+    """Kind, path and body of the backend call that an inference becomes."""
     match content_type:
         case "text/plain":
             call = {"model": model, "prompt": payload, **parameters}
@@ -206,7 +208,7 @@ def _call(content_type: str, model: str, payload: str, parameters: Mapping[str, 
     except Refused as refused:
         parent = "parameters" if (refused.param or "").partition(".")[0] in parameters else "payload"
         raise Refused(refused.reason, f"In '{parent}': {refused.text}", param=f"{parent}.{refused.param}") from refused
-    return path, Document(text=written(call), members=call)
+    return kind, path, Document(text=written(call), members=call)
 
 
 def _json_payload(payload: str) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from extproc.exchange import (
     Continue,
     Event,
     Forward,
+    Metadata,
     Reply,
     RequestBody,
     RequestHeaders,
@@ -85,7 +86,7 @@ def decode(data: bytes) -> Event:
             said = request.response_headers
             return ResponseHeaders(headers=_headers(said), ends=said.end_of_stream)
         case "response_body":
-            return ResponseBody(body=request.response_body.body)
+            return ResponseBody(body=request.response_body.body, ends=request.response_body.end_of_stream)
         case other:
             raise WireError(f"unexpected message: {other}")
 
@@ -96,27 +97,40 @@ def _set(headers: tuple[tuple[str, str], ...]) -> list[dict[str, Any]]:
     ]
 
 
-@lru_cache(maxsize=4096)
-def _encode_unchanged(command: Forward) -> bytes:
-    """Forward without a body of its own: the same caller asking for the same model is answered the same bytes."""
-    return _encode_forward(command)
-
-
-def _encode_forward(command: Forward) -> bytes:
-    headers = command.headers
-    common: dict[str, Any] = {"clear_route_cache": True}
-    if command.body is not None:
-        headers = (*headers, ("content-length", str(len(command.body))))
-        common["body_mutation"] = {"body": command.body}
-    common["header_mutation"] = {"set_headers": _set(headers)}
-    response = _Response(request_body={"response": common})
-    fields = response.dynamic_metadata.fields[names.METADATA_NAMESPACE].struct_value.fields
-    for key, value in command.metadata:
+def _metadata(namespace: str, values: Metadata) -> bytes:
+    """A ProcessingResponse of nothing but metadata: protobuf messages are merged by putting their bytes together."""
+    if not values:
+        return b""
+    response = _Response()
+    fields = response.dynamic_metadata.fields[namespace].struct_value.fields
+    for key, value in values:
         if isinstance(value, bool):
             fields[key].bool_value = value
         else:
             fields[key].string_value = value
     return bytes(response.SerializeToString())
+
+
+@lru_cache(maxsize=4096)
+def _caller_metadata(metadata: Metadata) -> bytes:
+    """The same for every request of a caller."""
+    return _metadata(names.METADATA_NAMESPACE, metadata)
+
+
+@lru_cache(maxsize=4096)
+def _encode_unchanged(headers: tuple[tuple[str, str], ...], metadata: Metadata) -> bytes:
+    """Forward without a body of its own: the same caller asking for the same model is answered the same bytes."""
+    return _encode_forward(headers, metadata, None)
+
+
+def _encode_forward(headers: tuple[tuple[str, str], ...], metadata: Metadata, body: bytes | None) -> bytes:
+    common: dict[str, Any] = {"clear_route_cache": True}
+    if body is not None:
+        headers = (*headers, ("content-length", str(len(body))))
+        common["body_mutation"] = {"body": body}
+    common["header_mutation"] = {"set_headers": _set(headers)}
+    response = bytes(_Response(request_body={"response": common}).SerializeToString())
+    return response + _metadata(names.METADATA_NAMESPACE, metadata)
 
 
 def _encode_rewrite(command: Rewrite) -> bytes:
@@ -128,23 +142,32 @@ def _encode_rewrite(command: Rewrite) -> bytes:
 
 
 def _encode_reply(command: Reply) -> bytes:
-    headers = (("content-type", "application/json"), *command.headers)
+    headers = command.headers
+    if all(name != "content-type" for name, _ in headers):
+        headers = (("content-type", "application/json"), *headers)
     reply = {
         "status": {"code": command.status},
         "headers": {"set_headers": _set(headers)},
         "body": command.body,
         "details": command.details or names.DECIDED_DETAILS,
     }
-    return bytes(_Response(immediate_response=reply).SerializeToString())
+    response = bytes(_Response(immediate_response=reply).SerializeToString())
+    said = _metadata(names.METADATA_NAMESPACE, command.metadata)
+    return response + said + _metadata(names.LIMITS_NAMESPACE, command.limits)
 
 
 def encode(command: Command, event: Event) -> bytes:
     """The serialised ProcessingResponse that answers ``event`` with ``command``."""
     match command:
         case Continue():
-            return _CONTINUE[type(event)]
+            said = _CONTINUE[type(event)]
+            return said + _caller_metadata(command.metadata) if command.metadata else said
         case Forward():
-            return _encode_unchanged(command) if command.body is None else _encode_forward(command)
+            if command.body is None:
+                response = _encode_unchanged(command.headers, command.metadata)
+            else:
+                response = _encode_forward(command.headers, command.metadata, command.body)
+            return response + _metadata(names.LIMITS_NAMESPACE, command.limits)
         case Rewrite():
             return _encode_rewrite(command)
         case Reply():

@@ -8,14 +8,17 @@ import os
 import signal
 import sys
 import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 
 from extproc.keys.open import open_keys
 from extproc.metrics import RequestCounts
+from extproc.open_limiter import open_limiter
 from extproc.pipeline import Deciders
 from extproc.policy import FollowedPolicy
 from extproc.server import ExtProcServer
 from gateway.settings import ExtprocSettings
-from gateway.telemetry import get_logger
+from gateway.telemetry import Logger, get_logger
 
 HEALTH_CHECK_NOTICE_S = 1.5
 """Longer than Envoy's health check interval: after it no new exchange comes here."""
@@ -37,6 +40,28 @@ def _stop_event() -> asyncio.Event:
     return stop
 
 
+@asynccontextmanager
+async def open_deciders(settings: ExtprocSettings, policy: FollowedPolicy, *, log: Logger) -> AsyncIterator[Deciders]:
+    """What a worker decides with, opened and closed together.
+
+    Raises:
+        KeyFileInvalid, ValueError: a setting cannot be used.
+    """
+    async with open_keys(settings, log=log) as keys, open_limiter(settings, log=log) as limits:
+        yield Deciders(
+            keys=keys.store,
+            policy=policy.table,
+            outcomes=RequestCounts(),
+            log=log,
+            clock_s=time.time,
+            limiter=limits.limiter,
+            audit=limits.audit,
+            body_max_bytes=settings.body_max_bytes,
+            payload_max_bytes=settings.inference_payload_max_bytes,
+            kept_answer_max_bytes=settings.idempotency_answer_max_bytes,
+        )
+
+
 async def run(settings: ExtprocSettings, *, worker: int) -> None:
     """Serve until told to stop.
 
@@ -46,16 +71,7 @@ async def run(settings: ExtprocSettings, *, worker: int) -> None:
     log = get_logger().bind(worker=worker)
     stop = _stop_event()
     policy = FollowedPolicy(settings, log=log)
-    async with open_keys(settings, log=log) as keys:
-        deciders = Deciders(
-            keys=keys.store,
-            policy=policy.table,
-            outcomes=RequestCounts(),
-            log=log,
-            clock_s=time.time,
-            body_max_bytes=settings.body_max_bytes,
-            payload_max_bytes=settings.inference_payload_max_bytes,
-        )
+    async with open_deciders(settings, policy, log=log) as deciders:
         socket = settings.run_dir / settings.worker_socket(worker)
         server = ExtProcServer(
             deciders,

@@ -8,9 +8,9 @@ the OpenAI endpoints.
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from enum import Enum
-from typing import Final
+from typing import Final, Literal
 
 
 class Reason(Enum):
@@ -42,6 +42,15 @@ class Reason(Enum):
     BACKEND_TIMEOUT = "backend_timeout"
     REQUEST_TIMEOUT = "request_timeout"
     KEY_STORE_DOWN = "key_store_down"
+    REQUEST_RATE = "request_rate"
+    TOKEN_RATE = "token_rate"  # noqa: S105 - tokens of a model
+    PARALLEL_REQUESTS = "parallel_requests"
+    BUDGET_SPENT = "budget_spent"
+    QUOTA_SPENT = "quota_spent"
+    IN_PROGRESS = "in_progress"
+    ANSWER_NOT_KEPT = "answer_not_kept"
+    IDEMPOTENCY_MISMATCH = "idempotency_mismatch"
+    LIMIT_STORE_DOWN = "limit_store_down"
     SERVICE_DOWN = "service_down"
     BUG = "bug"
 
@@ -146,6 +155,58 @@ REFUSALS: Final[dict[Reason, Refusal]] = {
         "service_unavailable",
         "API keys cannot be checked at the moment; try again.",
     ),
+    Reason.REQUEST_RATE: _refusal(
+        429, "RATE_LIMIT_EXCEEDED", "requests", "rate_limit_exceeded", "Too many requests; wait and try again."
+    ),
+    Reason.TOKEN_RATE: _refusal(
+        429, "RATE_LIMIT_EXCEEDED", "tokens", "rate_limit_exceeded", "Too many tokens a minute; wait and try again."
+    ),
+    Reason.PARALLEL_REQUESTS: _refusal(
+        429,
+        "RATE_LIMIT_EXCEEDED",
+        "requests",
+        "rate_limit_exceeded",
+        "Too many requests at once; try again when one ends.",
+    ),
+    Reason.BUDGET_SPENT: _refusal(
+        402, "BUDGET_EXCEEDED", "insufficient_quota", "insufficient_quota", "The budget does not pay for this request."
+    ),
+    Reason.QUOTA_SPENT: _refusal(
+        402,
+        "QUOTA_EXCEEDED",
+        "insufficient_quota",
+        "insufficient_quota",
+        "The token quota does not cover this request.",
+    ),
+    Reason.IN_PROGRESS: _refusal(
+        409,
+        "REQUEST_IN_PROGRESS",
+        _INVALID,
+        "request_in_progress",
+        "A request with this idempotency key is still running; try again when it has ended.",
+    ),
+    Reason.ANSWER_NOT_KEPT: _refusal(
+        409,
+        "ANSWER_NOT_KEPT",
+        _INVALID,
+        "answer_not_kept",
+        "The request with this idempotency key has been answered, and its answer was too large to keep. "
+        "Use a new key to have it done again.",
+    ),
+    Reason.IDEMPOTENCY_MISMATCH: _refusal(
+        422,
+        "IDEMPOTENCY_KEY_REUSED",
+        _INVALID,
+        "idempotency_key_reused",
+        "This idempotency key was sent with another request before; use a new key.",
+    ),
+    Reason.LIMIT_STORE_DOWN: _refusal(
+        503,
+        "SERVICE_UNAVAILABLE",
+        "server_error",
+        "service_unavailable",
+        "Limits cannot be checked at the moment; try again.",
+    ),
     Reason.SERVICE_DOWN: _refusal(
         503,
         "SERVICE_UNAVAILABLE",
@@ -159,6 +220,28 @@ REFUSALS: Final[dict[Reason, Refusal]] = {
 }
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LimitContext:
+    """The limit that a request ran into, as the client is told. Amounts are in ``unit``; money is in dollars.
+
+    Exactly one of ``period`` (of a budget) and ``window`` (``1s``, ``1m`` or ``parallel``, of a rate) is set.
+    ``reset_at`` is ISO 8601 in UTC.
+    """
+
+    subject: Literal["organization", "api_key"]
+    unit: Literal["requests", "tokens", "usd"]
+    limit: int | float
+    current_usage: int | float
+    remaining: int | float
+    period: str | None = None
+    window: str | None = None
+    reset_at: str
+
+    def as_json(self) -> dict[str, object]:
+        """For bodies and audit events."""
+        return {name: value for name, value in asdict(self).items() if value is not None}
+
+
 class Refused(Exception):
     """The client's fault, raised anywhere below the pipeline and caught once.
 
@@ -166,13 +249,28 @@ class Refused(Exception):
         reason: why; decides status, code and default text.
         text: replaces the default text; never a key, body or backend address.
         param: path of the field at fault, such as ``messages[0].role``.
+        limit: the limit that is in the way.
+        retry_after_ms: after so long the same request succeeds, unless somebody else uses what has become free.
+        headers: more response headers.
     """
 
-    def __init__(self, reason: Reason, text: str | None = None, *, param: str | None = None) -> None:
+    def __init__(
+        self,
+        reason: Reason,
+        text: str | None = None,
+        *,
+        param: str | None = None,
+        limit: LimitContext | None = None,
+        retry_after_ms: int | None = None,
+        headers: tuple[tuple[str, str], ...] = (),
+    ) -> None:
         super().__init__(reason.value, text, param)
         self.reason = reason
         self.text = text or REFUSALS[reason].text
         self.param = param
+        self.limit = limit
+        self.retry_after_ms = retry_after_ms
+        self.headers = headers
 
     @property
     def refusal(self) -> Refusal:
@@ -184,11 +282,23 @@ class StoreUnavailable(Exception):
     """A store or service that a decision needs did not answer in time."""
 
 
-def router_body(*, code: str, text: str, trace_id: str, param: str | None = None) -> bytes:
+def router_body(
+    *,
+    code: str,
+    text: str,
+    trace_id: str,
+    param: str | None = None,
+    limit: LimitContext | None = None,
+    retry_after_s: int | None = None,
+) -> bytes:
     """Error body of /v1/inference, status, audit and admin endpoints, as JSON bytes."""
     body: dict[str, object] = {"error": text, "code": code, "trace_id": trace_id}
     if param is not None:
         body["param"] = param
+    if retry_after_s is not None:
+        body["retry_after_seconds"] = retry_after_s
+    if limit is not None:
+        body["limit_context"] = limit.as_json()
     return json.dumps(body).encode()
 
 

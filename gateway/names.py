@@ -24,18 +24,21 @@ HEADER_API_KEY: Final = "x-api-key"
 HEADER_AUTHORIZATION: Final = "authorization"
 HEADER_SIGNATURE: Final = "x-hmac-signature"
 HEADER_REQUEST_ID: Final = "x-request-id"
+HEADER_IDEMPOTENCY_KEY: Final = "idempotency-key"
 
 FORWARDED_HEADERS: Final = (
     ":path",
     ":status",
     HEADER_API_KEY,
     HEADER_AUTHORIZATION,
+    HEADER_IDEMPOTENCY_KEY,
     HEADER_REQUEST_ID,
     HEADER_SIGNATURE,
     "content-encoding",
     "content-length",
     "content-type",
     "x-routing-backend",
+    "x-routing-decision",
 )
 """All that ext_proc is told of a request's and an answer's headers."""
 
@@ -44,6 +47,14 @@ HEADER_ROUTING_BACKEND: Final = "x-routing-backend"
 HEADER_ROUTING_DECISION: Final = "x-routing-decision"
 HEADER_OVERHEAD_MS: Final = "x-router-overhead-ms"
 HEADER_WARNING: Final = "warning"
+HEADER_RETRY_AFTER: Final = "retry-after"
+HEADER_RETRY_AFTER_MS: Final = "retry-after-ms"
+HEADER_SHOULD_RETRY: Final = "x-should-retry"
+HEADER_IDEMPOTENT_REPLAY: Final = "x-idempotent-replay"
+RATE_LIMIT_HEADERS: Final = tuple(
+    f"x-ratelimit-{figure}-{unit}" for unit in ("requests", "tokens") for figure in ("limit", "remaining", "reset")
+)
+"""Each is also the key of its value in ``LIMITS_NAMESPACE``."""
 
 # --- Dynamic metadata written by ext_proc, read by Lua, response headers and the access log.
 METADATA_NAMESPACE: Final = "router"
@@ -52,8 +63,22 @@ METADATA_STREAM: Final = "stream"
 METADATA_ORGANIZATION: Final = "organization_id"
 METADATA_KEY: Final = "api_key_id"
 METADATA_MODEL: Final = "model"
+METADATA_PRICES: Final = "prices"
+"""What the candidates' tokens cost, as ``policies.price.written`` puts it: usage costs what it did at its admission."""
+METADATA_CHARGE_TO: Final = "charge_to"
+"""What the request's use counts towards, such as ``org:DAILY org:MONTHLY``."""
+METADATA_CLOSED: Final = "closed"
+"""True on a reply of ext_proc's that leaves no ledger entry open."""
+LIMITS_NAMESPACE: Final = "router.limits"
+"""Dynamic metadata that differs from request to request: values of RATE_LIMIT_HEADERS, and these two."""
+METADATA_TOKENS_INPUT: Final = "tokens_input"
+"""Input tokens as estimated at admission, in decimal."""
+METADATA_TOKENS_OUTPUT: Final = "tokens_output"
+"""Output tokens granted, in decimal. It is there whenever a ledger entry may be open."""
 USAGE_NAMESPACE: Final = "router.usage"
-"""Dynamic metadata that json_to_metadata and sse_to_metadata fill with token counts."""
+"""Dynamic metadata that json_to_metadata and sse_to_metadata fill with token counts: the two keys above and this."""
+METADATA_TOKENS_INPUT_CACHED: Final = "tokens_input_cached"
+"""Input tokens that the backend had cached; they are part of the input tokens."""
 
 CLUSTER_METADATA_BACKEND_ID: Final = "backend_id"
 
@@ -69,11 +94,14 @@ CLUSTER_XDS: Final = "router_xds"
 CLUSTER_EXTPROC: Final = "router_extproc"
 CLUSTER_STATUS: Final = "router_status"
 """The ext_proc supervisor's status server: answers readiness."""
+CLUSTER_USAGE: Final = "router_usage"
+"""The ledger: receives the access log."""
 CLUSTER_TRACING: Final = "router_tracing"
 CLUSTER_UNROUTED: Final = "router_unrouted"
 """Has no endpoints: where a request points before ext_proc has chosen its model."""
 SCOPE_UNROUTED: Final = "-"
 """Value of the model header, and so the route scope, before ext_proc has decided."""
+ACCESS_LOG_SERVICE: Final = "envoy.service.accesslog.v3.AccessLogService"
 EXTPROC_SERVICE: Final = "envoy.service.ext_proc.v3.ExternalProcessor"
 NODE_ID: Final = "api-router"
 

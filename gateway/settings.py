@@ -20,6 +20,7 @@ Port = Annotated[int, Field(ge=1, le=65535)]
 XDS_SOCKET = "xds.sock"
 VALKEY_SOCKET = "valkey.sock"
 STATUS_SOCKET = "extproc-status.sock"
+USAGE_SOCKET = "usage.sock"
 LAST_GOOD_FILE = "last-good-policies.json"
 
 
@@ -86,11 +87,30 @@ class CommonSettings(BaseSettings):
         return f"extproc-{worker}.sock"
 
 
-class ExtprocSettings(CommonSettings):
-    """``python -m extproc``."""
+class StoreSettings(CommonSettings):
+    """What the programs that use the limit store read."""
 
     redis_addr: str = ""
-    """``host:port``, ``redis://…``, ``rediss://…`` or ``unix:///path``; empty: no Redis key store."""
+    """``host:port``, ``redis://…``, ``rediss://…`` or ``unix:///path``; empty: no keys in Redis, and no limits."""
+    limit_store_deadline_s: Annotated[float, Field(gt=0, le=10)] = 0.25
+    """For one call to the limit store; a server that takes longer counts as down."""
+    limit_overdue_s: Annotated[float, Field(ge=1)] = 900.0
+    """A request that has not ended after so long is charged what was reserved; its access log entry corrects that."""
+    audit_events_max: Annotated[int, Field(ge=1)] = 100_000
+    """Audit events kept in the store; the oldest go first."""
+
+
+class ExtprocSettings(StoreSettings):
+    """``python -m extproc``."""
+
+    idempotency_window_s: Annotated[float, Field(gt=0)] = 300.0
+    """How long an answer is repeated to those who send its idempotency key again."""
+    idempotency_answer_max_bytes: Annotated[int, Field(ge=0)] = 1024 * 1024
+    """A larger answer is not kept: a repetition of its request is answered 409."""
+    budget_service_endpoint: str = ""
+    """Base URL of the budget service; empty: the policy's budgets alone."""
+    budget_service_timeout_s: Annotated[float, Field(gt=0, le=5)] = 0.5
+    budget_service_ttl_s: Annotated[float, Field(ge=0)] = 5.0
     key_file: Path | None = None
     """YAML file of hashed keys, as ``router keys create --file`` writes it."""
     user_org_service_url: str = ""
@@ -117,6 +137,14 @@ class XdsSettings(CommonSettings):
     """gRPC address of ADS besides the unix socket, such as ``0.0.0.0:18000``; empty: the socket only."""
     upstream_ca_file: str = ""
     """PEM bundle on Envoy's machine that https backends are checked against; empty: the system's."""
+
+
+class UsageSettings(StoreSettings):
+    """``python -m usage``."""
+
+    usage_metrics_port: Port = 9103
+    usage_sweep_interval_s: Annotated[float, Field(gt=0)] = 10.0
+    """Between two looks for overdue requests."""
 
 
 S = TypeVar("S", bound=CommonSettings)

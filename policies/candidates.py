@@ -164,6 +164,14 @@ class PolicyIndex:
         """As :func:`resolve`, in constant time."""
         return _pick(self._models, self._overrides, organization, model)
 
+    def max_output_tokens(self, organization: OrganizationId, model: ModelName) -> int | None:
+        """The most that a model answers with, as its entry for the organisation says, or the entry for every one."""
+        for of in (organization, _EVERY_ORGANIZATION):
+            resolved = self._models.get((of, model))
+            if resolved is not None and isinstance(resolved.entry, ModelPolicy) and resolved.entry.max_output_tokens:
+                return resolved.entry.max_output_tokens
+        return None
+
     def models_for(self, organization: OrganizationId) -> tuple[ModelName, ...]:
         """Models that an organisation has, sorted; allow and deny lists of keys are not looked at."""
         return self._names.get(organization, self._names_any)

@@ -10,13 +10,16 @@ from typing import TypeVar
 
 from gateway import names
 from policies.candidates import Entry, candidates_among, killed
-from policies.model import ANY, ModelPolicy, Place, Policy, Problem
+from policies.limits import ASSUMED_OUTPUT_TOKENS
+from policies.model import ANY, LimitPolicy, ModelPolicy, Place, Policy, Problem
 from policies.nodes import shown, suggestion
 
 T = TypeVar("T")
 
 BACKEND_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}")
 """A backend's id is part of cluster names, and of comma-joined header values."""
+_EMBEDS = "embed"
+"""In the names of models that make no text."""
 
 
 def check(policy: Policy, *, root: Place) -> tuple[Problem, ...]:
@@ -32,7 +35,8 @@ def check(policy: Policy, *, root: Place) -> tuple[Problem, ...]:
 
 def warn(policy: Policy) -> tuple[Problem, ...]:
     """What is allowed but hardly meant."""
-    return tuple(chain(_warn_killed(policy), _warn_lists(policy)))
+    rules = (_warn_killed, _warn_lists, _warn_prices, _warn_output)
+    return tuple(chain.from_iterable(rule(policy) for rule in rules))
 
 
 def _backends(policy: Policy) -> Iterator[Problem]:
@@ -124,6 +128,35 @@ def _warn_lists(policy: Policy) -> Iterator[Problem]:
             normal = [w for w in entry.backends if w.backend_id not in entry.degraded_backends]
             if not normal:
                 yield _problem(entry.place, "degraded_backends", "every backend is degraded")
+
+
+def _warn_prices(policy: Policy) -> Iterator[Problem]:
+    budgets = chain.from_iterable(limits.budgets or () for limits in _limit_policies(policy))
+    if all(budget.limit_micro_usd is None for budget in budgets):
+        return
+    used = {weighted.backend_id for entry in _all_entries(policy) for weighted in entry.backends}
+    for backend in policy.backends:
+        if backend.price is None and backend.id in used:
+            yield _problem(
+                backend.place, "price", "there is none: the use of this backend is not charged to usd budgets"
+            )
+
+
+def _warn_output(policy: Policy) -> Iterator[Problem]:
+    if any(limits.budgets or limits.clamp_output for limits in _limit_policies(policy)):
+        text = f"there is none: a request that names no maximum is reserved as {ASSUMED_OUTPUT_TOKENS} tokens"
+        for entry in policy.models:
+            if entry.max_output_tokens is None and _EMBEDS not in entry.model:
+                yield _problem(entry.place, "max_output_tokens", text)
+
+
+def _limit_policies(policy: Policy) -> Iterator[LimitPolicy]:
+    limits = policy.limits
+    return chain(
+        (limits.default, limits.default_key),
+        (of_organization for _, of_organization in limits.organizations),
+        (of_key for _, of_key in limits.keys),
+    )
 
 
 def _duplicates(

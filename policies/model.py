@@ -140,12 +140,16 @@ class WeightedBackend:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelPolicy:
-    """How one model is spread over backends for one organisation, or for all ('*')."""
+    """How one model is spread over backends for one organisation, or for all ('*').
+
+    ``max_output_tokens`` is the most that the model ever answers with; None: the router's own assumption.
+    """
 
     model: ModelName
     organization_id: OrganizationId
     backends: tuple[WeightedBackend, ...]
     degraded_backends: frozenset[BackendId] = frozenset()
+    max_output_tokens: int | None = None
     place: Place
 
 
@@ -179,12 +183,26 @@ class Budget:
     limit_tokens: int | None = None
 
 
+OnStoreError = Literal["local", "deny", "allow"]
+"""``local``: each worker counts for itself."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StoreErrors:
+    """What holds while the limit store is down, for each class of limits; None: the next wider one applies.
+
+    ``rates`` are requests, tokens a minute and parallel requests. Budgets cannot be counted by each worker for itself.
+    """
+
+    rates: OnStoreError | None = None
+    budgets: Literal["deny", "allow"] | None = None
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LimitPolicy:
     """Limits of one key, one organisation or all; None: the next wider one applies.
 
-    ``clamp_output`` cuts the asked-for output to what is left; ``on_store_error`` says what holds while the
-    limit store is down.
+    ``clamp_output`` cuts the asked-for output to what is left.
     """
 
     requests_per_second: int | None = None
@@ -193,14 +211,18 @@ class LimitPolicy:
     max_parallel: int | None = None
     budgets: tuple[Budget, ...] | None = None
     clamp_output: bool | None = None
-    on_store_error: Literal["local", "deny", "allow"] | None = None
+    on_store_error: StoreErrors | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Limits:
-    """The ``limits`` section: pairs are sorted by id and no id occurs twice."""
+    """The ``limits`` section: pairs are sorted by id and no id occurs twice.
+
+    ``default`` is for each organisation, ``default_key`` for each key.
+    """
 
     default: LimitPolicy = LimitPolicy()
+    default_key: LimitPolicy = LimitPolicy()
     organizations: tuple[tuple[OrganizationId, LimitPolicy], ...] = ()
     keys: tuple[tuple[KeyId, LimitPolicy], ...] = ()
 

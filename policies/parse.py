@@ -10,6 +10,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Final, TypeVar
 
+from policies.limits import OUTPUT_TOKENS_MAX
 from policies.model import (
     ANY,
     Backend,
@@ -41,8 +42,8 @@ from policies.scalars import (
     header_name,
     header_prefix,
     integer,
-    micro_usd,
     name,
+    price_micro_usd,
     request_path,
     text,
     uri,
@@ -179,9 +180,9 @@ def _credential(at: Cursor) -> Credential:
 def _price(at: Cursor) -> Price:
     fields = fields_of(at, frozenset({"input_usd_per_1k", "output_usd_per_1k", "cached_input_usd_per_1k"}))
     return Price(
-        input_micro_usd_per_1k=fields.need("input_usd_per_1k", micro_usd, 0),
-        output_micro_usd_per_1k=fields.need("output_usd_per_1k", micro_usd, 0),
-        cached_input_micro_usd_per_1k=fields.get("cached_input_usd_per_1k", micro_usd, None),
+        input_micro_usd_per_1k=fields.need("input_usd_per_1k", price_micro_usd, 0),
+        output_micro_usd_per_1k=fields.need("output_usd_per_1k", price_micro_usd, 0),
+        cached_input_micro_usd_per_1k=fields.get("cached_input_usd_per_1k", price_micro_usd, None),
     )
 
 
@@ -195,12 +196,15 @@ def _default_policy(at: Cursor) -> DefaultPolicy:
 
 
 def _model(at: Cursor) -> ModelPolicy | None:
-    fields = fields_of(at, frozenset({"model", "organization_id", "backends", "degraded_backends"}))
+    fields = fields_of(
+        at, frozenset({"model", "organization_id", "backends", "degraded_backends", "max_output_tokens"})
+    )
     entry = ModelPolicy(
         model=ModelName(fields.need("model", name, "")),
         organization_id=OrganizationId(fields.get("organization_id", name, ANY)),
         backends=fields.need("backends", each(_weighted), ()),
         degraded_backends=frozenset(map(BackendId, fields.get("degraded_backends", each(text), _NO_NAMES))),
+        max_output_tokens=fields.get("max_output_tokens", integer(1, OUTPUT_TOKENS_MAX), None),
         place=at.place,
     )
     return entry if entry.model else None

@@ -21,6 +21,8 @@ TEXT_MAX_CHARS: Final = 4096
 DURATION_MAX_S: Final = 86_400.0
 MICRO_PER_USD: Final = 1_000_000
 USD_MAX: Final = 1_000_000_000
+PRICE_USD_MAX: Final = 10_000
+"""For 1,000 tokens: at it the longest answer costs far less than the 2**53 micro-dollars up to which sums are exact."""
 
 _CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\ud800-\udfff]")
 _SEPARATOR = re.compile(r"[\s,]")
@@ -99,6 +101,14 @@ def micro_usd(at: Cursor) -> int:
     if micro.denominator != 1:
         raise Wrong(f"{at.node.text} has more than 6 decimals")
     return micro.numerator
+
+
+def price_micro_usd(at: Cursor) -> int:
+    """As :func:`micro_usd`, for the price of 1,000 tokens."""
+    micro = micro_usd(at)
+    if micro > PRICE_USD_MAX * MICRO_PER_USD:
+        raise Wrong(f"must be at most {PRICE_USD_MAX}")
+    return micro
 
 
 def duration_s(at: Cursor) -> float:

@@ -5,14 +5,13 @@ Keys that exist and keys that do not are kept apart, so a flood of made-up keys 
 
 from __future__ import annotations
 
-import asyncio
 from collections import OrderedDict
 from collections.abc import Callable
 from typing import Final
 
 from extproc.keys.record import KeyRecord, PresentedKey
 from extproc.keys.store import ASK, Ask, KeyStore
-from gateway.errors import StoreUnavailable
+from extproc.shared_calls import SharedCalls
 
 LOOKUPS_MAX: Final = 1024
 
@@ -75,8 +74,7 @@ class Cached:
         self._wall = wall
         self._usable = _Shelf(size)
         self._unusable = _Shelf(size)
-        self._lookups: dict[str, asyncio.Task[KeyRecord | None]] = {}
-        self._tasks: set[asyncio.Task[KeyRecord | None]] = set()
+        self._lookups: SharedCalls[str, KeyRecord | None] = SharedCalls(store.name, most=LOOKUPS_MAX)
 
     def __len__(self) -> int:
         return len(self._usable) + len(self._unusable)
@@ -90,62 +88,33 @@ class Cached:
     async def find(self, key: PresentedKey) -> KeyRecord | None:
         """The cached answer, or the store's, shared by all who ask for this key meanwhile.
 
-        A cancelled caller leaves the shared lookup running for the others.
-
         Raises:
             StoreUnavailable: the store did not answer, or too many lookups are running.
         """
         found = self.peek(key)
         if found is not ASK:
             return found
-        lookup = self._lookups.get(key.digest) or self._start(key)
-        try:
-            return await asyncio.shield(lookup)
-        except asyncio.CancelledError:
-            task = asyncio.current_task()
-            if lookup.cancelled() and task is not None and not task.cancelling():
-                raise StoreUnavailable(f"{self.name}: closing") from None
-            raise
+        return await self._lookups.share(key.digest, lambda: self._look_up(key))
 
     def invalidate(self, digest: str | None) -> None:
         """Forget one key, or with None every key. A lookup under way is not cached: it may have read the old state."""
         if digest is None:
             self._usable.clear()
             self._unusable.clear()
-            self._lookups.clear()
         else:
             self._usable.drop(digest)
             self._unusable.drop(digest)
-            self._lookups.pop(digest, None)
+        self._lookups.forget(digest)
 
     async def close(self) -> None:
         """Cancel the lookups under way; their callers get StoreUnavailable."""
-        for task in self._tasks:
-            task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
-
-    def _start(self, key: PresentedKey) -> asyncio.Task[KeyRecord | None]:
-        if len(self._tasks) >= LOOKUPS_MAX:
-            raise StoreUnavailable(f"{self.name}: {LOOKUPS_MAX} lookups are already running")
-        lookup = asyncio.create_task(self._look_up(key))
-        self._lookups[key.digest] = lookup
-        self._tasks.add(lookup)
-        lookup.add_done_callback(self._end)
-        return lookup
+        await self._lookups.close()
 
     async def _look_up(self, key: PresentedKey) -> KeyRecord | None:
-        try:
-            record = await self._store.find(key)
-            if self._is_current(key.digest):
-                self._keep(key.digest, record)
-            return record
-        finally:
-            if self._is_current(key.digest):
-                del self._lookups[key.digest]
-
-    def _is_current(self, digest: str) -> bool:
-        """Whether the running lookup is still the key's, that is: nothing was invalidated since it began."""
-        return self._lookups.get(digest) is asyncio.current_task()
+        record = await self._store.find(key)
+        if self._lookups.is_current(key.digest):
+            self._keep(key.digest, record)
+        return record
 
     def _keep(self, digest: str, record: KeyRecord | None) -> None:
         ttl_s = 0.0
@@ -155,8 +124,3 @@ class Cached:
                 ttl_s = min(ttl_s, record.expires_at - self._wall())
         shelf = self._usable if ttl_s > 0 else self._unusable
         shelf.put(digest, record, self._clock() + (ttl_s if ttl_s > 0 else self._negative_ttl_s))
-
-    def _end(self, lookup: asyncio.Task[KeyRecord | None]) -> None:
-        self._tasks.discard(lookup)
-        if not lookup.cancelled():
-            lookup.exception()  # seen, also when everyone who waited for it has gone

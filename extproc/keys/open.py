@@ -8,13 +8,14 @@ from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 
+from extproc.http_service import service_client
 from extproc.keys.cache import Cached
 from extproc.keys.chain import Chain, Outages
 from extproc.keys.development import DevelopmentKeys
 from extproc.keys.file import FileKeys
 from extproc.keys.redis_store import RedisKeys, redis_client
 from extproc.keys.store import KeyStore
-from extproc.keys.user_org import UserOrgKeys, user_org_client
+from extproc.keys.user_org import UserOrgKeys
 from gateway.settings import ExtprocSettings
 from gateway.telemetry import Logger
 
@@ -50,7 +51,7 @@ async def open_keys(settings: ExtprocSettings, *, log: Logger) -> AsyncIterator[
             redis = RedisKeys(client, log=log)
             remote.append(redis)
         if settings.user_org_service_url:
-            http = await stack.enter_async_context(user_org_client())
+            http = await stack.enter_async_context(service_client())
             url, timeout_s = settings.user_org_service_url, settings.user_org_timeout_s
             remote.append(UserOrgKeys(http, url=url, timeout_s=timeout_s))
         cached = _cached(Chain(remote, outages=outages), settings)

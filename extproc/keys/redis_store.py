@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable
 from typing import Any, Final
-from urllib.parse import urlsplit
 
 from redis.asyncio import BlockingConnectionPool, Redis
 from redis.asyncio.client import PubSub
@@ -21,6 +20,7 @@ from extproc.keys.deadline import within
 from extproc.keys.record import DIGEST_LENGTH, KeyRecord, PresentedKey, RecordInvalid, from_json
 from extproc.keys.store import ASK, Ask
 from gateway.errors import StoreUnavailable
+from gateway.redis_url import redis_url
 from gateway.telemetry import Logger
 
 CHANNEL: Final = "router:keys:changed"
@@ -42,26 +42,6 @@ def record_name(digest: str) -> str:
 def index_name(key_id: str) -> str:
     """Redis key that leads from a key's id to its digest."""
     return f"router:key-id:{key_id}"
-
-
-def redis_url(address: str) -> str:
-    """URL of an address: ``host:port``, ``redis://…``, ``rediss://…`` or ``unix:///path``.
-
-    Raises:
-        ValueError: none of these; the text does not repeat the address, which may hold a password.
-    """
-    url = address if "://" in address else f"redis://{address}"
-    forms = "use host:port, redis://…, rediss://… or unix:///path"
-    try:
-        parts = urlsplit(url)
-        _ = parts.port
-    except ValueError:
-        raise ValueError(f"not a Redis address; {forms}") from None
-    if parts.scheme in {"redis", "rediss"} and parts.hostname:
-        return url
-    if parts.scheme == "unix" and not parts.netloc.rpartition("@")[2] and parts.path.startswith("/"):
-        return url
-    raise ValueError(f"not a Redis address; {forms}")
 
 
 def redis_client(address: str) -> Redis:

@@ -19,7 +19,8 @@ from redis.exceptions import RedisError, WatchError
 
 from extproc.keys.key_file import KeyFileInvalid, format_key_file, parse_key_file
 from extproc.keys.record import KeyRecord, RecordInvalid, from_json, to_json
-from extproc.keys.redis_store import CHANNEL, index_name, record_name, redis_url
+from extproc.keys.redis_store import CHANNEL, index_name, record_name
+from gateway.redis_url import redis_url
 from policies.model import KeyId
 
 TIMEOUT_S: Final = 5.0

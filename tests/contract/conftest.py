@@ -5,8 +5,8 @@ from __future__ import annotations
 import contextlib
 import json
 import threading
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 import httpx
@@ -14,6 +14,8 @@ import pytest
 
 from mocks.control import MockControl
 from tests.contract.document import Document, document
+from tests.contract.organizations import BARRED, LIMITS, OWN_BUDGET, UNASKED
+from tests.harness.budgets import Budgets
 from tests.harness.keys import KeyStoreCommands, MadeKey, UserOrg, add_expired
 from tests.harness.process import eventually
 from tests.harness.raw import connected, read_response
@@ -22,6 +24,8 @@ from tests.harness.stack import Stack, model_of, policy_of, running_stack
 EXPIRED = "rk-expired-0000000000000000000000000000000000000"
 LEAK = "http://10.1.2.3:8000/v1 refused sk-0123456789abcdef\nTraceback (most recent call last):"
 """What a backend's own error may say and a client must not read."""
+KEPT_MAX_BYTES = 8192
+"""Above every answer of the mock backends', so that only one made huge is not kept."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -33,6 +37,7 @@ class Keys:
     signed: MadeKey
     other_model: MadeKey
     audit_only: MadeKey
+    frugal: MadeKey
     expired: str = EXPIRED
 
 
@@ -43,6 +48,7 @@ class World:
     stack: Stack
     keys: Keys
     user_org: UserOrg
+    budgets: Budgets
     document: Document
     slow: SlowRequest
 
@@ -54,6 +60,10 @@ class World:
     def client(self, key: str | None = None) -> httpx.Client:
         """A client with the good key, or another; an empty one sends none."""
         return self.stack.client(self.keys.good.key if key is None else key, verify=False)
+
+    def apply(self, *, killed: tuple[str, ...] = ("c",)) -> None:
+        """Put the policy of these tests in force; ``killed`` backends are switched off."""
+        self.stack.apply(policy(self.stack.uris, self.keys, killed=killed))
 
     def check(self, response: httpx.Response) -> None:
         """Hold a response against the document, and see that no error says too much."""
@@ -76,10 +86,20 @@ class World:
         if response.status_code < 400:
             return
         said = f"{response.headers}\n{response.text}"
-        keys = [self.keys.good.key, self.keys.revoked.key, self.keys.signed.key, self.keys.signed.signing_secret]
-        addresses = [uri.removeprefix("http://") for uri in self.stack.uris.values()]
-        for secret in (*keys, *addresses, EXPIRED, *LEAK.split(), str(self.stack.directory), ".py", "127.0.0.1"):
+        keys = [getattr(self.keys, field.name) for field in fields(self.keys)]
+        secrets = [key.key if isinstance(key, MadeKey) else key for key in keys]
+        secrets += [self.keys.signed.signing_secret, *sent_keys(response.request.headers)]
+        urls = (*self.stack.uris.values(), self.budgets.url, self.user_org.url)
+        secrets += [url.removeprefix("http://") for url in urls]
+        secrets += [*LEAK.split(), str(self.stack.directory), ".py", ".sock", "127.0.0.1"]
+        for secret in secrets:
             assert secret not in said, f"{secret!r} in {said}"
+
+
+def sent_keys(headers: httpx.Headers) -> list[str]:
+    """The keys that a request was sent with."""
+    sent = (headers.get("authorization", "").removeprefix("Bearer "), headers.get("x-api-key", ""))
+    return [key for key in sent if key]
 
 
 class SlowRequest:
@@ -115,13 +135,14 @@ def _keys(path: Path) -> Keys:
         signed=commands.create("--require-signature"),
         other_model=commands.create("--model", "other"),
         audit_only=commands.create("--scope", "audit"),
+        frugal=commands.create(),
     )
 
 
-def policy(stack: Stack, *, killed: tuple[str, ...] = ("c",)) -> dict[str, object]:
-    """The policy of these tests; ``killed`` backends are switched off."""
+def policy(uris: Mapping[str, str], keys: Keys, *, killed: tuple[str, ...]) -> dict[str, object]:
+    """A model for every way in which backends fail, an organisation for every limit."""
     return policy_of(
-        {**stack.uris, "hasty": stack.uris["a"]},
+        {**uris, "hasty": uris["a"]},
         backend_of={
             "hasty": {"timeout": "200ms"},
             "sick": {"health_check": {"path": "/health", "interval": "1s"}},
@@ -138,6 +159,7 @@ def policy(stack: Stack, *, killed: tuple[str, ...] = ("c",)) -> dict[str, objec
             model_of({"a": 1}, model="private", lists={"a": {"allow_list": ["nobody"]}}),
         ],
         kill_switches=[{"backend_id": backend_id, "enabled": True, "reason": "test"} for backend_id in killed],
+        limits={"organizations": LIMITS, "keys": {keys.frugal.id: OWN_BUDGET}},
     )
 
 
@@ -145,14 +167,24 @@ def policy(stack: Stack, *, killed: tuple[str, ...] = ("c",)) -> dict[str, objec
 def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
     key_file = tmp_path_factory.mktemp("keys") / "keys.yaml"
     keys = _keys(key_file)
-    with UserOrg().running() as user_org:
-        environ = {"KEY_FILE": str(key_file), "USER_ORG_SERVICE_URL": user_org.url, "KEY_CACHE_NEGATIVE_TTL_S": "0"}
-        with running_stack(mocks=("a", "b", "c", "sick"), workers=1, environ=environ) as stack:
+    with UserOrg().running() as user_org, Budgets().running() as budgets:
+        environ = {
+            "KEY_FILE": str(key_file),
+            "USER_ORG_SERVICE_URL": user_org.url,
+            "KEY_CACHE_NEGATIVE_TTL_S": "0",
+            "BUDGET_SERVICE_ENDPOINT": budgets.url,
+            "IDEMPOTENCY_ANSWER_MAX_BYTES": str(KEPT_MAX_BYTES),
+        }
+        for organization, quota_type in BARRED.items():
+            budgets.denies(organization, quota_type=quota_type, reason=LEAK)
+        budgets.says(UNASKED, {"message": LEAK}, status=500)
+        with running_stack(mocks=("a", "b", "c", "sick"), workers=1, environ=environ, valkey=True) as stack:
             stack.mocks["sick"].fail("health", status=503)
-            stack.apply(policy(stack))
             slow = SlowRequest(stack.http_port)
+            world = World(stack=stack, keys=keys, user_org=user_org, budgets=budgets, document=document(), slow=slow)
+            world.apply()
             eventually(lambda: _is(stack, "sick", "unhealthy"), "the sick backend is seen to be sick")
-            yield World(stack=stack, keys=keys, user_org=user_org, document=document(), slow=slow)
+            yield world
 
 
 def _is(stack: Stack, backend: str, status: str) -> bool:

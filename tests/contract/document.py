@@ -15,7 +15,25 @@ from jsonschema import Draft202012Validator
 from referencing import Registry
 from referencing.jsonschema import DRAFT202012
 
+from gateway import names
+
 PATH = Path(__file__).parents[2] / "docs" / "openapi.yaml"
+OURS = frozenset(
+    {
+        names.HEADER_ROUTING_BACKEND,
+        names.HEADER_ROUTING_DECISION,
+        names.HEADER_OVERHEAD_MS,
+        names.HEADER_WARNING,
+        names.HEADER_RETRY_AFTER,
+        names.HEADER_RETRY_AFTER_MS,
+        names.HEADER_SHOULD_RETRY,
+        names.HEADER_IDEMPOTENT_REPLAY,
+        *names.RATE_LIMIT_HEADERS,
+    }
+)
+"""Response headers that mean something here: none of them comes where it is not documented."""
+ADVICE = frozenset({names.HEADER_RETRY_AFTER, names.HEADER_RETRY_AFTER_MS, names.HEADER_SHOULD_RETRY})
+"""What a backend may say too, of its own answer."""
 _URI = "urn:openapi"
 
 
@@ -59,10 +77,17 @@ class Document:
         assert not problems, f"{pointer}\n{instance}\n" + "\n".join(problems)
 
     def _check_headers(self, headers: Mapping[str, Any], pointer: str, said: httpx.Headers) -> None:
+        theirs = ADVICE if names.HEADER_ROUTING_BACKEND in said else frozenset()
+        unknown = OURS.intersection(said) - headers.keys() - theirs
+        assert not unknown, f"{pointer}: {unknown} are not documented"
         for name, entry in headers.items():
             header = self._deref(entry)
+            unless = header.get("x-required-unless")
+            if name in theirs or (unless and unless in said):
+                continue
             if name not in said:
-                assert not header.get("required"), f"{pointer}: no {name} header"
+                required = unless or header.get("required")
+                assert not required, f"{pointer}: no {name} header"
                 continue
             number = header["schema"].get("type") == "number"
             schema_at = f"{entry['$ref'][1:]}/schema" if "$ref" in entry else f"{pointer}/headers/{name}/schema"

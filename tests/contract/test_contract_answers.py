@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import uuid
 from collections.abc import Iterator
 from typing import Any
 
 import httpx
 import pytest
 
-from tests.contract.conftest import World, policy
+from tests.contract.conftest import World
 from tests.contract.document import events
 from tests.harness.calls import inference
 from tests.harness.process import eventually
@@ -44,7 +45,8 @@ CALLS: dict[str, tuple[str, dict[str, Any]]] = {
 
 def send(client: httpx.Client, name: str, model: str = "gpt-4o") -> httpx.Response:
     path, body = CALLS[name]
-    return client.post(path, json=body | {"model": model})
+    own = {"request_id": str(uuid.uuid4())} if "request_id" in body else {}
+    return client.post(path, json=body | {"model": model} | own)
 
 
 @pytest.fixture
@@ -143,7 +145,7 @@ def test_status_needs_no_key(world: World, path: str) -> None:
 
 def test_readiness_without_a_backend_is_503(world: World) -> None:
     try:
-        world.stack.apply(policy(world.stack, killed=("a", "b", "c", "sick", "hasty")))
+        world.apply(killed=("a", "b", "c", "sick", "hasty"))
         with world.client("") as client:
             # A report is used again for half a second.
             eventually(lambda: client.get("/v1/status/readyz").status_code == 503, "readiness says so")
@@ -151,7 +153,7 @@ def test_readiness_without_a_backend_is_503(world: World) -> None:
         assert response.json()["status"] == "not_ready"
         world.check(response)
     finally:
-        world.stack.apply(policy(world.stack))
+        world.apply()
         with world.client() as client:
             eventually(lambda: client.get("/v1/status/readyz").status_code == 200, "readiness is back")
 

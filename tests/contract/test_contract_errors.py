@@ -5,166 +5,27 @@ from __future__ import annotations
 import json
 import re
 import uuid
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator
 from typing import Any
 
-import httpx
 import pytest
 
+from gateway import names
 from gateway.endpoints import OPENAI_PREFIXES
 from gateway.errors import REFUSALS, Reason
 from tests.contract.conftest import LEAK, World
 from tests.contract.document import document
-from tests.harness.calls import call, chat, inference
+from tests.contract.produce import BOTH, CHAT, INFERENCE, Produce, called
+from tests.contract.produce import PRODUCERS as OF_REQUESTS
+from tests.contract.produce_limits import PRODUCERS as OF_LIMITS
+from tests.harness.calls import chat, inference
 from tests.harness.raw import exchange
 from xds.resources.local_replies import internal_replies, public_replies
 
 pytestmark = pytest.mark.integration
 
-INFERENCE, CHAT, MODELS = "/v1/inference", "/v1/chat/completions", "/v1/models"
-BOTH = (INFERENCE, CHAT)
-JSON = {"content-type": "application/json"}
-
-Produce = Callable[[World, str], httpx.Response]
-
-
-def post(client: httpx.Client, path: str, model: str = "gpt-4o", **fields: Any) -> httpx.Response:
-    """A call of any POST endpoint."""
-    if path == "/v1/responses":
-        return client.post(path, json={"model": model, "input": "hi", **fields})
-    return call(client, path, model, **fields)
-
-
-def keyed(key: Callable[[World], str | None], **headers: str) -> Produce:
-    """A good call with a key that is not."""
-
-    def produce(world: World, path: str) -> httpx.Response:
-        with world.client(key(world)) as client:
-            client.headers.update(headers)
-            return client.get(path) if path.startswith(MODELS) else post(client, path)
-
-    return produce
-
-
-def called(model: str = "gpt-4o", *, fault: Mapping[str, Any] | None = None, **fields: Any) -> Produce:
-    """A call of a model, maybe while its backend fails."""
-
-    def produce(world: World, path: str) -> httpx.Response:
-        if fault:
-            world.a.fail(**fault)
-        with world.client() as client:
-            return post(client, path, model, **fields)
-
-    return produce
-
-
-def sent(content: bytes | Callable[[], Iterator[bytes]], **headers: str) -> Produce:
-    """A body as it stands."""
-
-    def produce(world: World, path: str) -> httpx.Response:
-        body = content if isinstance(content, bytes) else content()
-        with world.client() as client:
-            return client.post(path, content=body, headers=JSON | {n.replace("_", "-"): v for n, v in headers.items()})
-
-    return produce
-
-
-def upgrade(world: World, path: str) -> httpx.Response:
-    head = f"POST {path} HTTP/1.1\r\nhost: router\r\nconnection: upgrade\r\nupgrade: websocket\r\n\r\n"
-    return exchange(world.stack.http_port, head.encode(), method="POST", path=path)
-
-
-def announced(world: World, path: str) -> httpx.Response:
-    head = f"POST {path} HTTP/1.1\r\nhost: router\r\nx-api-key: {world.keys.good.key}\r\n"
-    head += "content-type: application/json\r\ncontent-length: 9000000\r\n\r\n"
-    return exchange(world.stack.http_port, head.encode(), method="POST", path=path)
-
-
-def key_store_down(world: World, path: str) -> httpx.Response:
-    with world.user_org.failing():
-        return keyed(lambda _: f"rk-nobody-knows-{uuid.uuid4()}")(world, path)
-
-
-def another_method(world: World, path: str) -> httpx.Response:
-    with world.client() as client:
-        return client.put(path)
-
-
-def another_model(world: World, path: str) -> httpx.Response:
-    with world.client() as client:
-        return client.get(f"{MODELS}/nope") if path == MODELS else post(client, path, "nope")
-
-
-def megabytes(count: int) -> Iterator[bytes]:
-    yield b'{"model": "gpt-4o", "x": "'
-    for _ in range(16 * count):
-        yield b"x" * 65_536
-
-
-def signed(signature: str | None) -> Produce:
-    headers = {"x-hmac-signature": signature} if signature else {}
-    return keyed(lambda world: world.keys.signed.key, **headers)
-
-
-SERVED = ("/v1/inference", "/v1/chat/completions", "/v1/completions", "/v1/embeddings", "/v1/responses")
-KEYED = (*SERVED, MODELS)
-
-PRODUCERS: dict[Reason, list[tuple[tuple[str, ...], Produce]]] = {
-    Reason.MALFORMED_REQUEST: [(BOTH, upgrade)],
-    Reason.MALFORMED_BODY: [
-        (SERVED, sent(b"{")),
-        (BOTH, sent(b"")),
-        (BOTH, sent(b'{"model": "\xff"}')),
-        (BOTH, sent(b'{"model": "a", "model": "a"}')),
-        (BOTH, sent(b'{"a": ' + b"[" * 70 + b"]" * 70 + b"}")),
-        (BOTH, sent(b'{"a": NaN}')),
-        (BOTH, sent(b'{"a": 1e999}')),
-        ((INFERENCE,), called(payload="{", content_type="application/json")),
-    ],
-    Reason.MISSING_FIELD: [(SERVED, sent(b'{"payload": "hi", "messages": []}'))],
-    Reason.INVALID_FIELD: [
-        ((CHAT,), called(messages=[])),
-        ((CHAT,), called(stream="yes")),
-        ((INFERENCE,), called(request_id="7")),
-        ((INFERENCE,), called(metadata={"a": 1})),
-        (SERVED, called(max_tokens=0, parameters={"max_tokens": 0})),
-    ],
-    Reason.CONFLICTING_KEYS: [(KEYED, keyed(lambda world: world.keys.good.key, **{"x-api-key": "rk-another"}))],
-    Reason.KEY_MISSING: [(KEYED, keyed(lambda _: ""))],
-    Reason.KEY_UNKNOWN: [(KEYED, keyed(lambda _: "rk-unknown")), (BOTH, keyed(lambda _: "x" * 600))],
-    Reason.KEY_EXPIRED: [(KEYED, keyed(lambda world: world.keys.expired))],
-    Reason.KEY_REVOKED: [(KEYED, keyed(lambda world: world.keys.revoked.key))],
-    Reason.SIGNATURE_MISSING: [(SERVED, signed(None))],
-    Reason.SIGNATURE_WRONG: [(SERVED, signed("ab" * 32)), (BOTH, signed("not hex"))],
-    Reason.MODEL_FORBIDDEN: [(BOTH, keyed(lambda world: world.keys.other_model.key))],
-    Reason.SCOPE_MISSING: [(KEYED, keyed(lambda world: world.keys.audit_only.key))],
-    Reason.BACKENDS_FORBIDDEN: [(BOTH, called("private"))],
-    Reason.PATH_UNKNOWN: [((*KEYED, "/", "/nope", "/v1/status/healthz", "/v2/chat/completions"), another_method)],
-    Reason.MODEL_UNKNOWN: [(KEYED, another_model)],
-    Reason.BODY_TOO_LARGE: [
-        (BOTH, announced),
-        (BOTH, sent(lambda: megabytes(9))),
-    ],
-    Reason.PAYLOAD_TOO_LARGE: [((INFERENCE,), called(payload="é" * 32_769))],
-    Reason.MEDIA_TYPE: [
-        (BOTH, sent(b"{}", content_type="text/plain")),
-        (BOTH, sent(b"{}", content_type="application/json; charset=latin-1")),
-        (BOTH, sent(b"{}", content_encoding="gzip")),
-    ],
-    Reason.BACKENDS_KILLED: [(SERVED, called("killed"))],
-    Reason.NO_BACKEND: [(BOTH, called("sick"))],
-    Reason.BACKEND_ERROR: [
-        (BOTH, called("solo", fault={"kind": "reset"})),
-        (BOTH, called("solo", fault={"kind": "close"})),
-        *(
-            (BOTH, called("solo", fault={"kind": "status", "status": status, "body": LEAK}))
-            for status in (401, 403, 429, 500, 503, 529)
-        ),
-        ((INFERENCE,), called("solo", fault={"kind": "bad_json"})),
-        ((INFERENCE,), called("solo", fault={"kind": "status", "status": 204, "body": ""})),
-    ],
-    Reason.BACKEND_TIMEOUT: [(BOTH, called("hasty", fault={"kind": "hang"}))],
-    Reason.KEY_STORE_DOWN: [(KEYED, key_store_down)],
+PRODUCERS = {
+    reason: [*OF_REQUESTS.get(reason, []), *OF_LIMITS.get(reason, [])] for reason in {**OF_REQUESTS, **OF_LIMITS}
 }
 ELSEWHERE: dict[Reason, str] = {
     Reason.SERVICE_DOWN: "test_contract_outage.py, which takes ext_proc away",
@@ -210,7 +71,10 @@ def test_error_of_the_last_backend_tells_which_it_was(world: World, reason: Reas
     assert float(headers["x-router-overhead-ms"]) > 0
 
 
-@pytest.mark.parametrize(("status", "said"), [(400, "context_length_exceeded"), (404, "model_not_found"), (422, None)])
+@pytest.mark.parametrize(
+    ("status", "said"),
+    [(400, "context_length_exceeded"), (402, None), (404, "model_not_found"), (409, "conflict"), (422, None)],
+)
 @pytest.mark.parametrize("path", BOTH)
 def test_backends_own_refusal_is_heard(world: World, path: str, status: int, said: str | None) -> None:
     body = {"error": {"message": "Too many tokens.", "type": "invalid_request_error", "param": "x", "code": said}}
@@ -222,6 +86,24 @@ def test_backends_own_refusal_is_heard(world: World, path: str, status: int, sai
         assert response.json() == body
     else:
         assert response.json()["error"] == "Too many tokens."
+
+
+FEIGNED = dict.fromkeys((*names.RATE_LIMIT_HEADERS, names.HEADER_WARNING, names.HEADER_IDEMPOTENT_REPLAY), "7")
+ADVISED = {"retry-after": "9", "retry-after-ms": "9000", "x-should-retry": "true"}
+
+
+@pytest.mark.parametrize("status", [400, 402, 409, 422])
+@pytest.mark.parametrize("path", BOTH)
+def test_backend_advises_on_its_own_refusal_and_says_nothing_in_the_routers_name(
+    world: World, path: str, status: int
+) -> None:
+    body = {"error": {"message": "No.", "type": "invalid_request_error", "param": None, "code": None}}
+    fault = {"kind": "status", "status": status, "body": body, "headers": FEIGNED | ADVISED}
+    response = called("solo", fault=fault)(world, path)
+    assert response.status_code == status
+    world.check(response)
+    assert ADVISED.items() <= dict(response.headers).items()
+    assert FEIGNED.keys().isdisjoint(response.headers)
 
 
 def test_request_that_never_ends_is_a_408(world: World) -> None:

@@ -3,12 +3,8 @@
 from __future__ import annotations
 
 import json
-import threading
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +13,7 @@ from click.testing import CliRunner
 from cli.keys import keys as keys_command
 from extproc.keys.record import digest, record_from
 from extproc.keys.register import FileRegister
+from tests.harness.service import LocalService
 
 PATH = "/v1/auth/validate-api-key"
 
@@ -57,77 +54,22 @@ def add_expired(path: Path, key: str) -> None:
     FileRegister(path).add(record_from(fields))
 
 
-class UserOrg:
-    """A user-org-service that knows no key. ``down`` makes it answer 500; while ``held`` it does not answer."""
+class UserOrg(LocalService):
+    """A user-org-service that knows no key."""
 
     def __init__(self) -> None:
-        self.down = False
+        super().__init__()
         self.asked: Counter[str] = Counter()
-        self._go = threading.Event()
-        self._go.set()
         self._known: dict[str, dict[str, Any]] = {}
-        self._server = ThreadingHTTPServer(("127.0.0.1", 0), self._handler())
-        self.url = f"http://127.0.0.1:{self._server.server_port}"
 
     def knows(self, key: str, **fields: Any) -> None:
         """Make it know a key; fields as the service answers them."""
         self._known[key] = {"valid": True, "apiKeyId": f"id-of-{key}", "organizationId": "acme", **fields}
 
-    @contextmanager
-    def held(self) -> Iterator[None]:
-        """Nobody gets an answer within the block."""
-        self._go.clear()
-        try:
-            yield
-        finally:
-            self._go.set()
-
-    def release(self) -> None:
-        """Let the held answers go."""
-        self._go.set()
-
-    @contextmanager
-    def failing(self) -> Iterator[None]:
-        """Every answer within the block is a 500."""
-        self.down = True
-        try:
-            yield
-        finally:
-            self.down = False
-
-    @contextmanager
-    def running(self) -> Iterator[UserOrg]:
-        """Serve from a thread."""
-        threading.Thread(target=self._server.serve_forever, daemon=True).start()
-        try:
-            yield self
-        finally:
-            self._go.set()
-            self._server.shutdown()
-            self._server.server_close()
-
-    def _answer(self, key: str) -> tuple[int, dict[str, Any]]:
+    def answer(self, method: str, path: str, asked: Any) -> tuple[int, Any]:
+        """What it knows of a key."""
+        if (method, path) != ("POST", PATH):
+            return 404, {}
+        key = asked["apiKeySecret"]
         self.asked[key] += 1
-        self._go.wait(30)
-        return (500, {}) if self.down else (200, self._known.get(key, {"valid": False, "message": "no such key"}))
-
-    def _handler(self) -> type[BaseHTTPRequestHandler]:
-        answer = self._answer
-
-        class Handler(BaseHTTPRequestHandler):
-            protocol_version = "HTTP/1.1"
-
-            def do_POST(self) -> None:
-                asked = json.loads(self.rfile.read(int(self.headers["content-length"])))
-                status, body = answer(asked["apiKeySecret"]) if self.path == PATH else (404, {})
-                data = json.dumps(body).encode()
-                self.send_response(status)
-                self.send_header("content-type", "application/json")
-                self.send_header("content-length", str(len(data)))
-                self.end_headers()
-                self.wfile.write(data)
-
-            def log_message(self, *_: Any) -> None:
-                """Say nothing."""
-
-        return Handler
+        return 200, self._known.get(key, {"valid": False, "message": "no such key"})

@@ -1,4 +1,4 @@
-"""The whole router on free ports: mock backends, Valkey, xds, ext_proc workers and the real Envoy."""
+"""The whole router on free ports: mock backends, Valkey, xds, ext_proc workers, the ledger and the real Envoy."""
 
 from __future__ import annotations
 
@@ -72,13 +72,14 @@ class Stack:
         self.directory = Path(tempfile.mkdtemp(prefix="rt-", dir="/tmp"))
         self.policy_dir = self.directory / "policies"
         self.policy_dir.mkdir()
-        ports = free_ports(4 + len(mocks))
-        self.http_port, self.admin_port, self.envoy_admin_port, self.metrics_port, *mock_ports = ports
+        ports = free_ports(5 + len(mocks))
+        self.http_port, self.admin_port, self.envoy_admin_port, self.metrics_port, usage_port, *mock_ports = ports
         self.uris = {mock: f"http://127.0.0.1:{port}" for mock, port in zip(mocks, mock_ports, strict=True)}
         self.url = f"http://127.0.0.1:{self.http_port}"
         self.admin_url = f"http://127.0.0.1:{self.admin_port}"
         self.envoy_url = f"http://127.0.0.1:{self.envoy_admin_port}"
         self.metrics_url = f"http://127.0.0.1:{self.metrics_port}"
+        self.usage_url = f"http://127.0.0.1:{usage_port}"
         self.environ = {
             "RUN_DIR": str(self.directory),
             "POLICY_DIR": str(self.policy_dir),
@@ -87,6 +88,7 @@ class Stack:
             "ADMIN_PORT": str(self.admin_port),
             "ENVOY_ADMIN_ADDRESS": f"127.0.0.1:{self.envoy_admin_port}",
             "EXTPROC_METRICS_PORT": str(self.metrics_port),
+            "USAGE_METRICS_PORT": str(usage_port),
             "EXTPROC_WORKERS": str(workers),
             "DRAIN_TIMEOUT_S": "5",
             "PYTHONPATH": str(ROOT),
@@ -103,6 +105,7 @@ class Stack:
         self.valkey = self._process("valkey", *_valkey_command(self.directory)) if valkey else None
         self.xds = self._python("xds", "xds")
         self.extproc = self._python("extproc", "extproc")
+        self.usage = self._python("usage", "usage")
         admin = {
             "admin": {"address": {"socket_address": {"address": "127.0.0.1", "port_value": self.envoy_admin_port}}}
         }
@@ -124,7 +127,7 @@ class Stack:
     def processes(self) -> list[Process]:
         """Every process, in the order of their start."""
         valkey = [self.valkey] if self.valkey else []
-        return [*valkey, *self.mock_processes.values(), self.xds, self.extproc, self.envoy]
+        return [*valkey, *self.mock_processes.values(), self.xds, self.extproc, self.usage, self.envoy]
 
     def write_policy(self, document: Mapping[str, Any], *, name: str = "router.yaml") -> None:
         """Put a policy file in place by rename, as an editor does."""
@@ -213,7 +216,8 @@ class Stack:
 def _valkey_command(directory: Path) -> list[str]:
     return [
         str(get_binary_path()),
-        *("--port", "0", "--unixsocket", str(directory / "valkey.sock"), "--dir", str(directory), "--save", ""),
+        *("--port", "0", "--unixsocket", str(directory / "valkey.sock"), "--dir", str(directory)),
+        *("--save", "", "--appendonly", "yes"),  # as `router up` starts it: a killed one comes back with what it had
     ]
 
 

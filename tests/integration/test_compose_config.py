@@ -21,13 +21,13 @@ from typing import Any
 import pytest
 import yaml
 
-from gateway.settings import ExtprocSettings, XdsSettings
+from gateway.settings import CommonSettings, ExtprocSettings, UsageSettings, XdsSettings
 
 ROOT = Path(__file__).parents[2]
 COMPOSE: dict[str, Any] = yaml.safe_load((ROOT / "docker-compose.yml").read_text())
 SERVICES: dict[str, dict[str, Any]] = COMPOSE["services"]
 DOCKERFILE = (ROOT / "Dockerfile").read_text()
-OURS = ("extproc", "xds", "mock-backend-1", "mock-backend-2")
+OURS = ("extproc", "xds", "usage", "mock-backend-1", "mock-backend-2")
 LATER = {"KAFKA_BROKERS", "BUDGET_SERVICE_ENDPOINT"}
 """Told to the programs for what they do not have yet."""
 SECRET = re.compile(r"KEY|TOKEN|SECRET|PASSWORD|CREDENTIAL")
@@ -103,7 +103,7 @@ def test_a_service_waits_until_what_it_needs_is_healthy(name: str) -> None:
 
 def test_programs_that_share_sockets_are_one_user() -> None:
     sharing = {name: s["user"] for name, s in SERVICES.items() if "run:/run/router" in s.get("volumes", [])}
-    assert sharing == {"envoy": "10001:10001", "extproc": "10001:10001", "xds": "10001:10001"}
+    assert sharing == dict.fromkeys(("envoy", "extproc", "xds", "usage"), "10001:10001")
     assert "uid=10001,gid=10001,mode=0770" in COMPOSE["volumes"]["run"]["driver_opts"]["o"]
     assert re.search(r"^USER 10001:10001$", DOCKERFILE, re.MULTILINE)
 
@@ -112,8 +112,14 @@ def test_xds_and_extproc_agree_on_the_number_of_workers() -> None:
     assert environment("xds")["EXTPROC_WORKERS"] == environment("extproc")["EXTPROC_WORKERS"]
 
 
-@pytest.mark.parametrize(("name", "settings"), [("extproc", ExtprocSettings), ("xds", XdsSettings)])
-def test_every_variable_is_a_setting(name: str, settings: type[ExtprocSettings | XdsSettings]) -> None:
+def test_usage_settles_in_the_store_that_extproc_admits_with() -> None:
+    assert environment("usage")["REDIS_ADDR"] == environment("extproc")["REDIS_ADDR"]
+
+
+@pytest.mark.parametrize(
+    ("name", "settings"), [("extproc", ExtprocSettings), ("xds", XdsSettings), ("usage", UsageSettings)]
+)
+def test_every_variable_is_a_setting(name: str, settings: type[CommonSettings]) -> None:
     known = {field.upper() for field in settings.model_fields} | LATER
     assert {variable for variable, value in environment(name).items() if value is not None} <= known
 

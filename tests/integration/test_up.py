@@ -28,10 +28,11 @@ PORTS = (
     "ADMIN_PORT",
     "ENVOY_ADMIN_PORT",
     "EXTPROC_METRICS_PORT",
+    "USAGE_METRICS_PORT",
     "MOCK_BACKEND_1_PORT",
     "MOCK_BACKEND_2_PORT",
 )
-PROGRAMS = ["valkey", "mock-backend-1", "mock-backend-2", "xds", "extproc", "envoy"]
+PROGRAMS = ["valkey", "mock-backend-1", "mock-backend-2", "xds", "extproc", "usage", "envoy"]
 START_S = 90
 
 
@@ -110,8 +111,8 @@ def test_what_it_prints_works_and_sigterm_leaves_nothing(run_dir: Path) -> None:
     with running(environment) as (process, report):
         assert [program["name"] for program in report["programs"]] == PROGRAMS
         assert all(Path(program["log"]).is_file() for program in report["programs"])
-        for url in (report["urls"]["ready"], report["urls"]["extproc metrics"], report["urls"]["envoy admin"]):
-            assert httpx.get(url, trust_env=False).status_code == 200
+        for name in ("ready", "extproc metrics", "usage metrics", "envoy admin"):
+            assert httpx.get(report["urls"][name], trust_env=False).status_code == 200
         assert len(report["try"]) == 3
         for command in report["try"]:
             shown = shlex.split(command)

@@ -211,7 +211,7 @@ def test_a_stopped_control_plane_costs_no_request(stack: ComposeStack) -> None:
     eventually(lambda: readiness(stack)["status"] == "ready", "the router is whole again", within_s=60, every_s=0.5)
 
 
-@pytest.mark.parametrize("service", ["extproc", "xds", "redis", "mock-backend-2", "envoy"])
+@pytest.mark.parametrize("service", ["extproc", "xds", "usage", "redis", "mock-backend-2", "envoy"])
 def test_a_program_ends_well_when_told_to_stop(stack: ComposeStack, service: str) -> None:
     container = stack.container(service)
     container.stop(timeout=20)

@@ -83,6 +83,7 @@ class ResourceBuilder:
             names.CLUSTER_EXTPROC: self._encoded("extproc", lambda: clusters.extproc_cluster(settings)),
             names.CLUSTER_STATUS: self._encoded("status", lambda: clusters.status_cluster(settings)),
             names.CLUSTER_UNROUTED: self._encoded("unrouted", clusters.unrouted_cluster),
+            names.CLUSTER_USAGE: self._encoded("usage", lambda: clusters.usage_cluster(settings)),
         }
         if settings.otel_exporter_otlp_endpoint:
             built[names.CLUSTER_TRACING] = self._encoded("tracing", lambda: _tracing(settings))
@@ -132,7 +133,9 @@ def _references(policy: Policy, models: Mapping[ModelName, Policy]) -> dict[Refe
         (snapshot.ROUTE, names.ROUTE_CONFIG_BACKENDS): own,
         (snapshot.ROUTE, unrouted): frozenset({cluster(names.CLUSTER_UNROUTED), cluster(names.CLUSTER_STATUS)}),
         (snapshot.SCOPED_ROUTE, unrouted): frozenset({(snapshot.ROUTE, unrouted)}),
-        (snapshot.LISTENER, names.LISTENER_PUBLIC): frozenset({cluster(names.CLUSTER_EXTPROC)}),
+        (snapshot.LISTENER, names.LISTENER_PUBLIC): frozenset(
+            {cluster(names.CLUSTER_EXTPROC), cluster(names.CLUSTER_USAGE)}
+        ),
         (snapshot.LISTENER, names.LISTENER_BACKENDS): frozenset({(snapshot.ROUTE, names.ROUTE_CONFIG_BACKENDS)}),
     }
     for model, part in models.items():

@@ -40,7 +40,7 @@ from envoy_data_plane.envoy.type.v3 import Percent
 from envoy_data_plane.google.protobuf import Any
 
 from gateway import names
-from gateway.settings import STATUS_SOCKET, XdsSettings
+from gateway.settings import STATUS_SOCKET, USAGE_SOCKET, XdsSettings
 from policies.model import Backend, DefaultPolicy
 from policies.model import HealthCheck as BackendHealthCheck
 from xds.resources.encode import ads, extension, header, http_filter, metadata, pipe_address, seconds, socket_address
@@ -52,7 +52,14 @@ _UNLIMITED = 1_000_000_000
 
 # What a backend may not say to a client, or to the public listener.
 _FOREIGN_PREFIXES = (names.INTERNAL_HEADER_PREFIX, "x-routing-", "x-ratelimit-", "x-envoy-")
-_FOREIGN_HEADERS = (names.HEADER_REQUEST_ID, names.HEADER_WARNING, "set-cookie", "openai-organization", "alt-svc")
+_FOREIGN_HEADERS = (
+    names.HEADER_REQUEST_ID,
+    names.HEADER_WARNING,
+    names.HEADER_IDEMPOTENT_REPLAY,
+    "set-cookie",
+    "openai-organization",
+    "alt-svc",
+)
 
 
 def _http1() -> HttpProtocolOptionsExplicitHttpConfig:
@@ -210,18 +217,34 @@ def extproc_cluster(settings: XdsSettings) -> Cluster:
         typed_extension_protocol_options=_protocol(_http2()),
         circuit_breakers=_wide_open(),
         common_lb_config=ClusterCommonLbConfig(healthy_panic_threshold=Percent(value=0)),
-        health_checks=[
-            HealthCheck(
-                timeout=seconds(1),
-                interval=seconds(1),
-                no_traffic_interval=seconds(1),
-                unhealthy_edge_interval=seconds(0.2),
-                unhealthy_interval=seconds(0.25),
-                unhealthy_threshold=1,
-                healthy_threshold=1,
-                grpc_health_check=HealthCheckGrpcHealthCheck(service_name=names.EXTPROC_SERVICE),
-            )
-        ],
+        health_checks=[_serving(names.EXTPROC_SERVICE)],
+    )
+
+
+def usage_cluster(settings: XdsSettings) -> Cluster:
+    """The ledger. One that is not well is tried all the same: the sooner it is back, the less of the log is lost."""
+    name = names.CLUSTER_USAGE
+    return Cluster(
+        name=name,
+        type=ClusterDiscoveryType.STATIC,
+        connect_timeout=seconds(0.5),
+        load_assignment=assignment(name, pipe_address(str(settings.run_dir.absolute() / USAGE_SOCKET))),
+        typed_extension_protocol_options=_protocol(_http2()),
+        health_checks=[_serving(names.ACCESS_LOG_SERVICE)],
+    )
+
+
+def _serving(service: str) -> HealthCheck:
+    """Asks a program of ours by gRPC whether it serves, more often while it does not."""
+    return HealthCheck(
+        timeout=seconds(1),
+        interval=seconds(1),
+        no_traffic_interval=seconds(1),
+        unhealthy_edge_interval=seconds(0.2),
+        unhealthy_interval=seconds(0.25),
+        unhealthy_threshold=1,
+        healthy_threshold=1,
+        grpc_health_check=HealthCheckGrpcHealthCheck(service_name=service),
     )
 
 

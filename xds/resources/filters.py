@@ -139,7 +139,9 @@ def ext_proc() -> HttpFilter:
             failure_mode_allow=False,
             mutation_rules=HeaderMutationRules(allow_all_routing=True),
             metadata_options=MetadataOptions(
-                receiving_namespaces=MetadataOptionsMetadataNamespaces(untyped=[names.METADATA_NAMESPACE])
+                receiving_namespaces=MetadataOptionsMetadataNamespaces(
+                    untyped=[names.METADATA_NAMESPACE, names.LIMITS_NAMESPACE]
+                )
             ),
             forward_rules=HeaderForwardingRules(
                 allowed_headers=ListStringMatcher(
@@ -198,7 +200,11 @@ def router() -> HttpFilter:
 
 
 def public_filters() -> list[HttpFilter]:
-    """Filters of the public listener; a response meets them in reverse order."""
+    """Filters of the public listener; a response meets them in reverse order.
+
+    So usage is read before Lua takes its event out. Lua comes after ext_proc on the way back: where it changes a chunk
+    while ext_proc still holds the headers, Envoy gives the answer that chunk's length.
+    """
     return [lua("strip_usage.lua"), ext_proc(), usage_of_streams(), usage_of_json(), router()]
 
 

@@ -5,8 +5,9 @@ Nothing here depends on a policy, because a changed listener drains every open c
 
 from __future__ import annotations
 
-from envoy_data_plane.envoy.config.accesslog.v3 import AccessLog
+from envoy_data_plane.envoy.config.accesslog.v3 import AccessLog, AccessLogFilter, MetadataFilter
 from envoy_data_plane.envoy.config.core.v3 import (
+    ApiVersion,
     GrpcService,
     GrpcServiceEnvoyGrpc,
     Http2ProtocolOptions,
@@ -21,6 +22,10 @@ from envoy_data_plane.envoy.config.listener.v3 import (
     ListenerInternalListenerConfig,
 )
 from envoy_data_plane.envoy.config.trace.v3 import OpenTelemetryConfig, TracingHttp
+from envoy_data_plane.envoy.extensions.access_loggers.grpc.v3 import (
+    CommonGrpcAccessLogConfig,
+    HttpGrpcAccessLogConfig,
+)
 from envoy_data_plane.envoy.extensions.access_loggers.stream.v3 import StdoutAccessLog
 from envoy_data_plane.envoy.extensions.filters.network.http_connection_manager.v3 import (
     HttpConnectionManager,
@@ -34,6 +39,7 @@ from envoy_data_plane.envoy.extensions.filters.network.http_connection_manager.v
     ScopedRoutesScopeKeyBuilderFragmentBuilder,
     ScopedRoutesScopeKeyBuilderFragmentBuilderHeaderValueExtractor,
 )
+from envoy_data_plane.envoy.type.matcher.v3 import MetadataMatcher, MetadataMatcherPathSegment, ValueMatcher
 from envoy_data_plane.google.protobuf import Any
 
 from gateway import names
@@ -45,9 +51,11 @@ from xds.resources.local_replies import internal_replies, public_replies
 HCM = "envoy.filters.network.http_connection_manager"
 STREAM_IDLE_S = 900.0
 """A stream without a byte for so long is over; reasoning models are silent for minutes."""
+LEDGER_DELAY_S = 0.02
+"""Until the ledger is told of a request's end: only then is its place among those allowed at once free again."""
 
 
-def access_log() -> AccessLog:
+def log_of_requests() -> AccessLog:
     """One JSON object a request on Envoy's standard output."""
     usage, router = f"DYNAMIC_METADATA({names.USAGE_NAMESPACE}:", f"DYNAMIC_METADATA({names.METADATA_NAMESPACE}:"
     fields = {
@@ -76,6 +84,31 @@ def access_log() -> AccessLog:
     return AccessLog(
         name="envoy.access_loggers.stdout",
         typed_config=Any.pack(StdoutAccessLog(log_format=SubstitutionFormatString(json_format=struct(fields)))),
+    )
+
+
+def log_for_ledger() -> AccessLog:
+    """Requests of a known organisation, to the ledger. While it is down they are dropped, and nothing waits for it."""
+    known = MetadataMatcher(
+        filter=names.METADATA_NAMESPACE,
+        path=[MetadataMatcherPathSegment(key=names.METADATA_ORGANIZATION)],
+        value=ValueMatcher(present_match=True),
+    )
+    config = HttpGrpcAccessLogConfig(
+        common_config=CommonGrpcAccessLogConfig(
+            log_name=names.LISTENER_PUBLIC,
+            grpc_service=GrpcService(
+                envoy_grpc=GrpcServiceEnvoyGrpc(cluster_name=names.CLUSTER_USAGE, skip_envoy_headers=True)
+            ),
+            transport_api_version=ApiVersion.V3,
+            buffer_flush_interval=seconds(LEDGER_DELAY_S),
+        ),
+        additional_response_headers_to_log=[names.HEADER_ROUTING_BACKEND, names.HEADER_ROUTING_DECISION],
+    )
+    return AccessLog(
+        name="envoy.access_loggers.http_grpc",
+        filter=AccessLogFilter(metadata_filter=MetadataFilter(matcher=known, match_if_key_not_found=False)),
+        typed_config=Any.pack(config),
     )
 
 
@@ -117,7 +150,7 @@ def public_listener(settings: XdsSettings) -> Listener:
         http_filters=public_filters(),
         early_header_mutation_extensions=[early_header_mutation()],
         local_reply_config=public_replies(),
-        access_log=[access_log()],
+        access_log=[log_of_requests(), log_for_ledger()],
         tracing=_tracing(settings),
         use_remote_address=True,
         generate_request_id=True,

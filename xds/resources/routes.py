@@ -70,6 +70,8 @@ def _response_headers(decision: str, avoided: tuple[BackendId, ...]) -> list[Hea
         header(names.HEADER_ROUTING_BACKEND, backend),
         header(names.HEADER_ROUTING_DECISION, failover),
         header(_OVERHEAD_US, "%COMMON_DURATION(DS_RX_BEG:US_TX_BEG:us)%"),
+        # Left out where ext_proc has said nothing of it.
+        *(header(name, f"%DYNAMIC_METADATA({names.LIMITS_NAMESPACE}:{name})%") for name in names.RATE_LIMIT_HEADERS),
     ]
     if avoided:
         warning = f'299 {names.NODE_ID} "degraded backend avoided: {", ".join(avoided)}"'
@@ -202,21 +204,38 @@ def model_routes(policy: Policy, model: ModelName, settings: XdsSettings) -> Rou
     )
 
 
-def unrouted_routes(settings: XdsSettings) -> RouteConfiguration:
-    """Routes before ext_proc has chosen a model: which paths exist, and how ext_proc handles each."""
-    inference_mode = ProcessingMode(
+def _answers_seen(body: ProcessingModeBodySendMode) -> dict[str, Any]:
+    """Filter configuration of a route whose answers ext_proc sees too."""
+    mode = ProcessingMode(
         request_header_mode=ProcessingModeHeaderSendMode.SEND,
         request_body_mode=ProcessingModeBodySendMode.BUFFERED,
         response_header_mode=ProcessingModeHeaderSendMode.SEND,
-        response_body_mode=ProcessingModeBodySendMode.BUFFERED,
+        response_body_mode=body,
         request_trailer_mode=ProcessingModeHeaderSendMode.SKIP,
         response_trailer_mode=ProcessingModeHeaderSendMode.SKIP,
     )
-    translated = {EXT_PROC: Any.pack(ExtProcPerRoute(overrides=ExtProcOverrides(processing_mode=inference_mode)))}
+    return {EXT_PROC: Any.pack(ExtProcPerRoute(overrides=ExtProcOverrides(processing_mode=mode)))}
+
+
+def unrouted_routes(settings: XdsSettings) -> RouteConfiguration:
+    """Routes before ext_proc has chosen a model: which paths exist, and how ext_proc handles each."""
+    translated = _answers_seen(ProcessingModeBodySendMode.BUFFERED)
+    # An answer that may be asked for again is kept while it passes, part by part.
+    kept = _answers_seen(ProcessingModeBodySendMode.STREAMED)
+    with_key = HeaderMatcher(name=names.HEADER_IDEMPOTENCY_KEY, present_match=True)
     nothing = {EXT_PROC: Any.pack(ExtProcPerRoute(disabled=True))}
     # A cluster route, because only with one does Envoy honour request_body_buffer_limit.
     undecided = RouteAction(cluster=names.CLUSTER_UNROUTED)
     routes = [
+        Route(
+            match=RouteMatch(path=endpoint.path, headers=[_exactly(":method", endpoint.method), with_key]),
+            route=undecided,
+            typed_per_filter_config=kept,
+        )
+        for endpoint in POST_ENDPOINTS
+        if endpoint.path != INFERENCE_PATH
+    ]
+    routes += [
         Route(
             match=RouteMatch(path=endpoint.path, headers=[_exactly(":method", endpoint.method)]),
             route=undecided,

@@ -14,10 +14,10 @@ from cli import preflight, stack
 from cli.preflight import PortUse
 from cli.readiness import http_ok, sockets_accept
 from cli.up_settings import UpSettings
-from gateway.settings import ExtprocSettings, SettingsError, XdsSettings, read
+from gateway.settings import CommonSettings, ExtprocSettings, SettingsError, UsageSettings, XdsSettings, read
 
 SAMPLE = Path(__file__).parents[3] / "configs" / "router.sample.yaml"
-SETTINGS = (ExtprocSettings, XdsSettings, UpSettings)
+SETTINGS: tuple[type[CommonSettings], ...] = (ExtprocSettings, XdsSettings, UsageSettings, UpSettings)
 
 
 @pytest.fixture(autouse=True)
@@ -89,9 +89,7 @@ def test_sample_names_every_setting_and_nothing_else() -> None:
 
 
 @pytest.mark.parametrize("settings", SETTINGS, ids=lambda s: s.__name__)
-def test_sample_holds_the_defaults(
-    settings: type[ExtprocSettings] | type[XdsSettings] | type[UpSettings], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_sample_holds_the_defaults(settings: type[CommonSettings], monkeypatch: pytest.MonkeyPatch) -> None:
     defaults = read(settings)
     monkeypatch.setenv("ROUTER_CONFIG", str(SAMPLE))
     assert read(settings) == defaults
@@ -113,7 +111,7 @@ def test_moved_mock_backends_are_told_to_the_programs(tmp_path: Path) -> None:
 def test_given_redis_means_no_valkey(tmp_path: Path) -> None:
     assert stack.programs(UpSettings(), tmp_path)[0].name == "valkey"
     programs = stack.programs(UpSettings(redis_addr="redis://r:6379", mocks=False), tmp_path)
-    assert [program.name for program in programs] == ["xds", "extproc", "envoy"]
+    assert [program.name for program in programs] == ["xds", "extproc", "usage", "envoy"]
     assert programs[0].environment["REDIS_ADDR"] == "redis://r:6379"
 
 

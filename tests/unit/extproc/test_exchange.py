@@ -50,6 +50,12 @@ def test_event_that_is_not_due_is_out_of_phase(phase: Phase, event: Event) -> No
         advance(phase, event)
 
 
+def test_answer_in_parts_is_over_with_the_last() -> None:
+    part, last = ResponseBody(body=b"a", ends=False), ResponseBody(body=b"")
+    assert advance(Phase.RESPONSE_BODY, part) is Phase.RESPONSE_BODY
+    assert advance(Phase.RESPONSE_BODY, last) is Phase.DONE
+
+
 @pytest.mark.parametrize("phase", UNREAD)
 def test_envoys_own_reply_may_come_before_the_request_was_read(phase: Phase) -> None:
     assert advance(phase, ResponseHeaders(headers={}, ends=False)) is Phase.RESPONSE_BODY

@@ -9,8 +9,9 @@ from typing import Any
 import httpx
 import pytest
 
+from extproc.http_service import ANSWER_MAX_BYTES
 from extproc.keys.record import KeyRecord, PresentedKey, digest
-from extproc.keys.user_org import ANSWER_MAX_BYTES, UserOrgKeys
+from extproc.keys.user_org import UserOrgKeys
 from gateway.errors import StoreUnavailable
 from policies.model import KeyId, OrganizationId
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hmac
 import json
 from collections import Counter
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -24,13 +25,17 @@ from extproc.exchange import (
 )
 from extproc.keys.record import KeyRecord, PresentedKey
 from extproc.keys.store import ASK, Ask
+from extproc.limit import Limiter
 from extproc.pipeline import Deciders, Decision
 from extproc.policy import PolicyTable
 from gateway import names
+from gateway.audit import AuditEvent
 from gateway.endpoints import CHAT_PATH, COMPLETION_PATH, INFERENCE_PATH, MODELS_PATH
 from gateway.errors import REFUSALS, Reason, StoreUnavailable
-from policies.model import Price
-from tests.unit.extproc.extproc_builders import REQUEST_ID, a_record, a_table
+from limits.model import Admission, Admitted, Claimed, Demand, Denied, Figure, LimitKind, StoredAnswer
+from policies.limits import CallerLimits
+from policies.model import Budget, LimitPolicy, Limits, Price
+from tests.unit.extproc.extproc_builders import REQUEST_ID, a_limiter, a_record, a_table
 from tests.unit.policies.policy_builders import a_model, a_policy, a_share
 
 KEY = "rk-alice"
@@ -38,6 +43,8 @@ NOW = 1_700_000_000.0
 TRACEPARENT = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
 CHAT = {"model": "m", "messages": [{"role": "user", "content": "hi"}]}
 INFERENCE = {"request_id": REQUEST_ID, "model": "m", "payload": "hi"}
+LET_IN = Continue(metadata=((names.METADATA_ORGANIZATION, "acme"), (names.METADATA_KEY, "alice")))
+CLOSED = (names.METADATA_CLOSED, True)
 SECRET_DETAIL = "the store said: password=hunter2"
 
 
@@ -75,6 +82,19 @@ class FakeLog:
     def exception(self, event: str, **fields: Any) -> None:
         self.events.append(("exception", event, fields))
 
+    def warning(self, event: str, **fields: Any) -> None:
+        self.events.append(("warning", event, fields))
+
+
+class FakeTrail:
+    """Keeps audit events."""
+
+    def __init__(self) -> None:
+        self.events: list[AuditEvent] = []
+
+    def record(self, event: AuditEvent) -> None:
+        self.events.append(event)
+
 
 class Outcomes:
     """Counts outcomes."""
@@ -97,8 +117,9 @@ class Dialogue:
         table: PolicyTable | Exception | None = None,
         traceparent: str | None = None,
         body_max_bytes: int = 10_000,
+        limiter: Limiter | None = None,
     ) -> None:
-        self.log, self.outcomes, self.now_s = FakeLog(), Outcomes(), NOW
+        self.log, self.outcomes, self.now_s, self.trail = FakeLog(), Outcomes(), NOW, FakeTrail()
         policy = a_policy(a_model(a_share("a"), model="m"), a_model(a_share("dead"), model="killed"), killed=["dead"])
         price = Price(input_micro_usd_per_1k=5000, output_micro_usd_per_1k=15_000)
         self._table = table or a_table(policy, prices={"a": price})
@@ -110,8 +131,11 @@ class Dialogue:
                 outcomes=self.outcomes,
                 log=log,
                 clock_s=lambda: self.now_s,
+                limiter=limiter or a_limiter(),
+                audit=self.trail,
                 body_max_bytes=body_max_bytes,
                 payload_max_bytes=1000,
+                kept_answer_max_bytes=100,
             ),
             traceparent,
         )
@@ -157,7 +181,7 @@ def refused(command: Command) -> tuple[int, str]:
 
 async def test_chat_is_let_in_and_forwarded_as_it_came() -> None:
     talk = Dialogue()
-    assert await talk.headers() == Continue()
+    assert await talk.headers() == LET_IN
     command = await talk.body(CHAT)
     assert isinstance(command, Forward)
     assert command.body is None
@@ -219,7 +243,7 @@ async def test_openai_answer_without_a_body_is_left_alone() -> None:
 
 
 async def test_store_is_asked_where_it_has_to_be() -> None:
-    assert await Dialogue(keys=FakeKeys(a_record(KEY), ask=True)).headers() == Continue()
+    assert await Dialogue(keys=FakeKeys(a_record(KEY), ask=True)).headers() == LET_IN
 
 
 # --- Models.
@@ -291,7 +315,7 @@ async def test_headers_alone_are_enough_to_refuse(path: str, changes: dict[str, 
     "content_type", ["application/json", "Application/JSON; charset=UTF-8", 'application/json;charset="utf-8"']
 )
 async def test_json_in_any_spelling_is_taken(content_type: str) -> None:
-    assert await Dialogue().headers(content_type=content_type, content_encoding="identity") == Continue()
+    assert await Dialogue().headers(content_type=content_type, content_encoding="identity") == LET_IN
 
 
 async def test_request_without_a_body_is_refused() -> None:
@@ -386,6 +410,167 @@ async def test_unsound_body_is_told_before_its_signature() -> None:
     talk = Dialogue(record=SIGNED)
     await talk.headers()
     assert refused(await talk.body(b"{")) == (400, "invalid_request")
+
+
+# --- Limits and idempotency keys.
+
+
+class FakeStore:
+    """Admits, or answers as it is told; remembers what was kept."""
+
+    def __init__(self, answer: Admission | StoreUnavailable | None = None) -> None:
+        self.answer = answer or Admitted(at_ms=0, tokens_output=4096, micro_usd=1, figures=())
+        self.kept: list[tuple[str, StoredAnswer | str | None]] = []
+
+    async def admit(self, demand: Demand, limits: CallerLimits) -> Admission:
+        if isinstance(self.answer, StoreUnavailable):
+            raise self.answer
+        return self.answer
+
+    async def finish(self, organization: str, request: str, claim: str, answer: StoredAnswer | str | None) -> bool:
+        self.kept.append((request, answer))
+        return True
+
+
+def limited(store: FakeStore) -> Dialogue:
+    any_store: Any = store
+    return Dialogue(limiter=a_limiter(any_store))
+
+
+async def answered(talk: Dialogue, *parts: bytes, status: int = 200, content_type: str = "application/json") -> Command:
+    """The answer comes in parts, the last one empty."""
+    headers = {":status": str(status), "content-type": content_type, names.HEADER_ROUTING_BACKEND: "a"}
+    assert await talk.say(ResponseHeaders(headers=headers, ends=False)) == Continue()
+    for part in parts:
+        assert await talk.say(ResponseBody(body=part, ends=False)) == Continue()
+    return await talk.say(ResponseBody(body=b""))
+
+
+async def test_refusal_by_a_limit_is_answered_logged_and_audited_with_its_figures() -> None:
+    figure = Figure(LimitKind.REQUESTS, "org", 10, 0, 100)
+    talk = limited(FakeStore(Denied(at_ms=0, wait_ms=1200, denier=figure, figures=(figure,))))
+    await talk.headers()
+    command = await talk.body(CHAT)
+    assert refused(command) == (429, "rate_limit_exceeded")
+    assert isinstance(command, Reply)
+    headers = dict(command.headers)
+    assert (headers["retry-after"], headers["retry-after-ms"]) == ("2", "1200")
+    assert headers["x-ratelimit-limit-requests"] == "10"
+    assert CLOSED in command.metadata
+    [event] = talk.trail.events
+    assert (event.actor, event.organization_id, event.request_id) == ("alice", "acme", REQUEST_ID)
+    assert (event.metadata["reason"], event.metadata["model"]) == ("request_rate", "m")
+    assert event.metadata["limit"]["limit"] == 10
+
+
+@pytest.mark.parametrize(
+    ("changes", "audited"),
+    [({"authorization": None}, True), ({"content_type": "text/plain"}, False)],
+    ids=["401", "415"],
+)
+async def test_what_is_audited_is_a_matter_of_status(changes: dict[str, Any], audited: bool) -> None:
+    talk = Dialogue()
+    await talk.headers(**changes)
+    assert len(talk.trail.events) == audited
+
+
+async def test_only_an_outage_leaves_an_entry_that_may_be_open() -> None:
+    talk = limited(FakeStore(StoreUnavailable(SECRET_DETAIL)))
+    talk._table = a_table(
+        replace(
+            a_policy(a_model(a_share("a"), model="m")),
+            limits=Limits(default=LimitPolicy(budgets=(Budget(period="DAILY", limit_tokens=1),))),
+        )
+    )
+    await talk.headers()
+    command = await talk.body(CHAT)
+    assert refused(command) == (503, "service_unavailable")
+    assert isinstance(command, Reply)
+    assert command.metadata == LET_IN.metadata
+    assert "hunter2" not in command.body.decode()
+
+
+async def test_answer_to_an_idempotency_key_is_kept_as_the_client_had_it() -> None:
+    store = FakeStore()
+    talk = limited(store)
+    await talk.headers(idempotency_key="k")
+    assert isinstance(await talk.body(CHAT), Forward)
+    assert talk._decision.waited_for
+    await answered(talk, b'{"a":', b"1}")
+    [(request, answer)] = store.kept
+    assert request == REQUEST_ID
+    assert isinstance(answer, StoredAnswer)
+    assert answer.body == b'{"a":1}'
+    assert dict(answer.headers) == {"content-type": "application/json", names.HEADER_ROUTING_BACKEND: "a"}
+    assert not talk._decision.waited_for
+
+
+async def test_usage_event_that_the_router_asked_for_is_not_kept() -> None:
+    store = FakeStore()
+    talk = limited(store)
+    await talk.headers(idempotency_key="k")
+    await talk.body(CHAT | {"stream": True})
+    events = (b'data: {"choices":[{"x":1}]}\n\n', b'data: {"choices":[],"usage":{"a":1}}\n\n', b"data: [DONE]\n\n")
+    await answered(talk, b"".join(events)[:40], b"".join(events)[40:], content_type="text/event-stream")
+    [(_, answer)] = store.kept
+    assert isinstance(answer, StoredAnswer)
+    assert answer.body == events[0] + events[2]
+
+
+@pytest.mark.parametrize(
+    ("parts", "status", "content_type", "kept"),
+    [
+        ((b"{}",), 500, "application/json", None),
+        ((b"{}",), 400, "application/json", None),
+        ((b"x" * 60, b"x" * 60), 200, "application/json", "too_large"),
+        ((b"data: {}\n\n",), 200, "text/event-stream", None),
+    ],
+    ids=["failed", "refused", "large", "cut"],
+)
+async def test_what_cannot_be_repeated_is_not_kept(
+    parts: tuple[bytes, ...], status: int, content_type: str, kept: str | None
+) -> None:
+    store = FakeStore()
+    talk = limited(store)
+    await talk.headers(idempotency_key="k")
+    await talk.body(CHAT | {"stream": True})
+    await answered(talk, *parts, status=status, content_type=content_type)
+    assert store.kept == [(REQUEST_ID, kept)]
+
+
+async def test_inference_is_kept_as_it_was_translated() -> None:
+    store = FakeStore()
+    talk = limited(store)
+    await talk.headers(INFERENCE_PATH)
+    await talk.body(INFERENCE)
+    rewritten = await talk.answer(b"{}")
+    assert isinstance(rewritten, Rewrite)
+    [(_, kept)] = store.kept
+    assert kept == "too_large"  # the translation, not the two bytes of the backend's answer
+    assert len(rewritten.body) > 100
+
+
+async def test_kept_answer_is_given_again_and_says_so() -> None:
+    kept = StoredAnswer(status=200, headers=(("content-type", "text/event-stream"),), body=b"data: [DONE]\n\n")
+    talk = limited(FakeStore(Claimed(state="done", answer=kept)))
+    await talk.headers(idempotency_key="k")
+    command = await talk.body(CHAT)
+    assert isinstance(command, Reply)
+    assert (command.status, command.body) == (200, kept.body)
+    assert dict(command.headers) == {"content-type": "text/event-stream", "x-idempotent-replay": "true"}
+    assert CLOSED in command.metadata
+    assert talk.outcomes.counted == {("chat", "repeated"): 1}
+
+
+async def test_exchange_that_ends_early_lets_the_key_go() -> None:
+    store = FakeStore()
+    talk = limited(store)
+    await talk.headers(idempotency_key="k")
+    await talk.body(CHAT)
+    assert talk._decision.waited_for
+    await talk._decision.end()
+    assert store.kept == [(REQUEST_ID, None)]
+    assert not talk._decision.waited_for
 
 
 # --- Our own faults.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from random import Random
 from typing import Any
 
@@ -10,8 +11,9 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
+from extproc.edit import Edit, setting
 from extproc.exchange import Forward
-from extproc.json_body import places
+from extproc.json_body import parse, places
 from extproc.route import Choice, choose, route
 from gateway import names
 from gateway.endpoints import Kind
@@ -27,10 +29,10 @@ OPTIONS = st.none() | st.dictionaries(st.sampled_from(["include_usage", "x", "mo
 
 
 def sent(
-    text: str, *, kind: Kind = Kind.CHAT, choice: Choice = EVERY, path: str | None = None
+    text: str, *, kind: Kind = Kind.CHAT, choice: Choice = EVERY, path: str | None = None, edits: Sequence[Edit] = ()
 ) -> tuple[Forward, bytes]:
     """The command, and the body that the backend gets."""
-    command = route(a_caller(), an_ask(text, path=path), choice, ENDPOINTS[kind])
+    command = route(a_caller(), an_ask(text, path=path), choice, ENDPOINTS[kind], edits)
     return command, text.encode() if command.body is None else command.body
 
 
@@ -85,6 +87,48 @@ def test_asking_for_usage_changes_no_other_byte(call: tuple[dict[str, Any], Rand
     before, after = text[:start].encode(), text[end:].encode()
     assert body.startswith(before)
     assert body.endswith(after)
+
+
+MAXIMA = st.dictionaries(st.sampled_from(["max_tokens", "max_completion_tokens"]), st.integers(1, 10**6))
+
+
+@given(calls(), MAXIMA, MAXIMA)
+@example(({"a": "é", "model": "模", "max_tokens": 7, "stream": True}, Random(1)), {}, {"max_tokens": 1, "n": 2})
+def test_edits_and_the_usage_asked_for_go_together(
+    call: tuple[dict[str, Any], Random], named: dict[str, int], wanted: dict[str, int]
+) -> None:
+    members, random = call
+    members |= named
+    text = text_of(members, random)
+    document = parse(text)
+    command, body = sent(text, edits=[setting(document, name, str(value)) for name, value in wanted.items()])
+    _, unedited = sent(text)
+    assert json.loads(body) == json.loads(unedited) | wanted
+    offset, length = map(int, (header(command, names.HEADER_MODEL_SPAN) or "").split(":"))
+    assert body[offset : offset + length] == document.raw("model").encode()
+    for name, (start, end) in places(body.decode()).items():
+        if name in members and name not in {*wanted, "stream_options"}:
+            assert body.decode()[start:end] == document.raw(name)
+
+
+def test_body_of_an_inference_is_edited_too() -> None:
+    text = '{"model": "m", "prompt": "é", "max_tokens": 9}'
+    edits = [setting(parse(text), "max_tokens", "3")]
+    _, body = sent(text, kind=Kind.INFERENCE, path="/v1/completions", edits=edits)
+    assert body == '{"model": "m", "prompt": "é", "max_tokens": 3}'.encode()
+
+
+def test_what_goes_along_is_in_the_metadata() -> None:
+    command = route(
+        a_caller(),
+        an_ask('{"model": "m"}'),
+        EVERY,
+        ENDPOINTS[Kind.CHAT],
+        metadata=(("charge_to", "org:DAILY"),),
+        figures=(("tokens_input", "7"),),
+    )
+    assert ("charge_to", "org:DAILY") in command.metadata
+    assert command.limits == (("tokens_input", "7"),)
 
 
 @given(calls(), VALUES)

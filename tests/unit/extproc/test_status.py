@@ -61,11 +61,12 @@ def host(*, ejected: bool = False, sick: bool = False) -> dict[str, Any]:
     return {"health_status": {"failed_outlier_check": ejected, "failed_active_health_check": sick}}
 
 
-def clusters(*, a: dict[str, Any] | None = None, extproc: dict[str, Any] | None = None) -> dict[str, Any]:
+def clusters(**hosts: dict[str, Any]) -> dict[str, Any]:
+    """Clusters of one host each; it is well where nothing is said of it."""
+    found = {"a": names.backend_cluster("a"), "extproc": names.CLUSTER_EXTPROC, "usage": names.CLUSTER_USAGE}
     return {
         "cluster_statuses": [
-            {"name": names.backend_cluster("a"), "host_statuses": [a or host()]},
-            {"name": names.CLUSTER_EXTPROC, "host_statuses": [extproc or host()]},
+            {"name": name, "host_statuses": [hosts.get(short) or host()]} for short, name in found.items()
         ]
     }
 
@@ -126,6 +127,7 @@ REPORTS: dict[str, tuple[dict[str, Any], dict[str, Any], int, str]] = {
     "an Envoy is behind": ({"xds": XDS_WELL | {"fleet": {"behind": ["e1"]}}}, {}, 200, "degraded"),
     "a worker is away": ({}, {"workers": (1, 2)}, 200, "degraded"),
     "no worker runs": ({}, {"workers": (0, 2)}, 503, "not_ready"),
+    "the ledger is away": ({"envoy": clusters(usage=host(sick=True))}, {}, 200, "degraded"),
     "no worker serves": ({"envoy": clusters(extproc=host(sick=True))}, {}, 503, "not_ready"),
     "envoy is away": ({"envoy": httpx.ConnectError("no")}, {}, 503, "not_ready"),
     "the only backend is ejected": ({"envoy": clusters(a=host(ejected=True))}, {}, 503, "not_ready"),
@@ -162,6 +164,7 @@ async def test_report_counts_backends_and_names_components() -> None:
         "envoy": "up",
         "xds": "up",
         "extproc": "up",
+        "usage": "up",
         "store": "not_configured",
     }
 

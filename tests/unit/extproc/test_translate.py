@@ -3,22 +3,18 @@
 from __future__ import annotations
 
 import json
-from fractions import Fraction
-from math import ceil
 from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from extproc.translate import Trace, answer, cost_micro_usd
+from extproc.translate import Trace, answer
 from gateway.errors import REFUSALS, Reason
 from policies.model import Price
 from tests.unit.extproc.json_texts import OBJECTS
 
 TRACE = Trace(trace_id="t" * 32, span_id="s" * 16)
-TOKENS = st.integers(0, 10**9)
-PRICES = st.builds(Price, input_micro_usd_per_1k=st.integers(0, 10**9), output_micro_usd_per_1k=st.integers(0, 10**9))
 
 
 def answered(body: Any, *, status: int = 200, price: Price | None = None) -> tuple[int | None, dict[str, Any]]:
@@ -26,27 +22,6 @@ def answered(body: Any, *, status: int = 200, price: Price | None = None) -> tup
     raw = body if isinstance(body, bytes) else json.dumps(body).encode()
     command = answer(status=status, body=raw, request_id="r", latency_ms=7, price=price, trace=TRACE)
     return command.status, json.loads(command.body.decode())
-
-
-# --- Money.
-
-
-@given(PRICES, TOKENS, TOKENS)
-def test_cost_is_rounded_up_once_over_the_whole_request(price: Price, tokens_input: int, tokens_output: int) -> None:
-    exact = Fraction(tokens_input * price.input_micro_usd_per_1k + tokens_output * price.output_micro_usd_per_1k, 1000)
-    cost = cost_micro_usd(price, tokens_input=tokens_input, tokens_output=tokens_output)
-    assert cost == ceil(exact)
-    assert 0 <= cost - exact < 1
-
-
-@given(PRICES, TOKENS, TOKENS, TOKENS)
-def test_more_tokens_never_cost_less(price: Price, tokens_input: int, tokens_output: int, more: int) -> None:
-    less = cost_micro_usd(price, tokens_input=tokens_input, tokens_output=tokens_output)
-    assert cost_micro_usd(price, tokens_input=tokens_input + more, tokens_output=tokens_output) >= less
-
-
-def test_backend_without_a_price_costs_nothing() -> None:
-    assert cost_micro_usd(None, tokens_input=10**6, tokens_output=10**6) == 0
 
 
 # --- Answers.

@@ -44,16 +44,24 @@ EVENTS: st.SearchStrategy[Event] = st.one_of(
     st.builds(RequestHeaders, headers=HEADERS, ends=st.booleans()),
     st.builds(RequestBody, body=BODIES),
     st.builds(ResponseHeaders, headers=HEADERS, ends=st.booleans()),
-    st.builds(ResponseBody, body=BODIES),
+    st.builds(ResponseBody, body=BODIES, ends=st.booleans()),
 )
 ASCII = st.text(st.characters(min_codepoint=32, max_codepoint=126), max_size=12)
 PAIRS = st.lists(st.tuples(NAMES, ASCII), max_size=4, unique_by=lambda pair: pair[0]).map(tuple)
 METADATA = st.lists(
     st.tuples(NAMES, LATIN | st.booleans()), min_size=1, max_size=4, unique_by=lambda pair: pair[0]
 ).map(tuple)
-FORWARDS = st.builds(Forward, headers=PAIRS, body=st.none() | BODIES, metadata=METADATA)
+LIMITS = st.lists(st.tuples(NAMES, ASCII), max_size=4, unique_by=lambda pair: pair[0]).map(tuple)
+FORWARDS = st.builds(Forward, headers=PAIRS, body=st.none() | BODIES, metadata=METADATA, limits=LIMITS)
 REWRITES = st.builds(Rewrite, body=BODIES, status=st.none() | st.integers(400, 599))
-REPLIES = st.builds(Reply, status=st.sampled_from([200, 401, 503]), body=BODIES, headers=PAIRS)
+REPLIES = st.builds(
+    Reply,
+    status=st.sampled_from([200, 401, 503]),
+    body=BODIES,
+    headers=PAIRS,
+    metadata=st.just(()) | METADATA,
+    limits=LIMITS,
+)
 REQUEST_HEADERS = RequestHeaders(headers={}, ends=False)
 REQUEST_BODY = RequestBody(body=b"")
 RESPONSE_BODY = ResponseBody(body=b"")
@@ -78,12 +86,14 @@ def request_of(event: Event) -> ProcessingRequest:
             said.end_of_stream = event.ends
             return ProcessingRequest(response_headers=said)
         case ResponseBody():
-            return ProcessingRequest(response_body=HttpBody(body=event.body, end_of_stream=True))
+            return ProcessingRequest(response_body=HttpBody(body=event.body, end_of_stream=event.ends))
 
 
 def response_to(command: Any, event: Event) -> ProcessingResponse:
     """What Envoy reads of a command."""
-    return ProcessingResponse.parse(encode(command, event))
+    # By way of protobuf itself: betterproto2 does not merge the parts of a message, as the specification says.
+    merged = message("envoy.service.ext_proc.v3.ProcessingResponse").FromString(encode(command, event))
+    return ProcessingResponse.parse(merged.SerializeToString())
 
 
 def headers_of(mutation: Any) -> dict[str, str]:
@@ -92,6 +102,18 @@ def headers_of(mutation: Any) -> dict[str, str]:
         for option in mutation.set_headers
     )
     return {option.header.key: option.header.raw_value.decode() for option in mutation.set_headers}
+
+
+def metadata_of(said: ProcessingResponse, namespace: str) -> dict[str, Any]:
+    """Dynamic metadata of a namespace."""
+    if said.dynamic_metadata is None or namespace not in said.dynamic_metadata.fields:
+        return {}
+    fields = said.dynamic_metadata.fields[namespace].struct_value
+    assert fields is not None
+    return {
+        key: value.bool_value if value.bool_value is not None else value.string_value
+        for key, value in fields.fields.items()
+    }
 
 
 @given(EVENTS)
@@ -125,14 +147,8 @@ def test_forward_says_headers_body_and_metadata(command: Forward) -> None:
     length = {} if command.body is None else {"content-length": str(len(command.body))}
     assert headers_of(common.header_mutation) == dict(command.headers) | length
     assert common.body_mutation == (None if command.body is None else BodyMutation(body=command.body))
-    assert said.dynamic_metadata is not None
-    fields = said.dynamic_metadata.fields[names.METADATA_NAMESPACE].struct_value
-    assert fields is not None
-    found = {
-        key: value.bool_value if value.bool_value is not None else value.string_value
-        for key, value in fields.fields.items()
-    }
-    assert found == dict(command.metadata)
+    assert metadata_of(said, names.METADATA_NAMESPACE) == dict(command.metadata)
+    assert metadata_of(said, names.LIMITS_NAMESPACE) == dict(command.limits)
 
 
 @given(REWRITES)
@@ -154,6 +170,24 @@ def test_reply_is_an_immediate_response_to_any_event(command: Reply, event: Even
     assert said.status is not None
     assert (int(said.status.code), said.body, said.details) == (command.status, command.body, names.DECIDED_DETAILS)
     assert headers_of(said.headers) == {"content-type": "application/json"} | dict(command.headers)
+    assert metadata_of(response_to(command, event), names.METADATA_NAMESPACE) == dict(command.metadata)
+    assert metadata_of(response_to(command, event), names.LIMITS_NAMESPACE) == dict(command.limits)
+
+
+def test_reply_may_be_of_another_type_than_json() -> None:
+    stream = (("content-type", "text/event-stream"),)
+    said = response_to(Reply(status=200, body=b"data: x\n\n", headers=stream), REQUEST_BODY).immediate_response
+    assert said is not None
+    assert headers_of(said.headers) == dict(stream)
+    assert said.headers is not None
+    assert len(said.headers.set_headers) == 1
+
+
+@given(METADATA)
+def test_continue_may_carry_metadata(metadata: Any) -> None:
+    said = response_to(Continue(metadata=metadata), REQUEST_HEADERS)
+    assert said.request_headers is not None
+    assert metadata_of(said, names.METADATA_NAMESPACE) == dict(metadata)
 
 
 @pytest.mark.parametrize(

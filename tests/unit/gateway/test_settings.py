@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 from cli.up_settings import UpSettings
-from gateway.settings import CommonSettings, ExtprocSettings, SettingsError, XdsSettings, read
+from gateway.settings import CommonSettings, ExtprocSettings, SettingsError, UsageSettings, XdsSettings, read
 
 ROOT = Path(__file__).parents[3]
 
@@ -17,7 +17,7 @@ ROOT = Path(__file__).parents[3]
 @pytest.fixture(autouse=True)
 def _bare(monkeypatch: pytest.MonkeyPatch) -> None:
     """No variable of the machine's own."""
-    for settings in (ExtprocSettings, XdsSettings):
+    for settings in (ExtprocSettings, XdsSettings, UsageSettings):
         for name in settings.model_fields:
             monkeypatch.delenv(name.upper(), raising=False)
     monkeypatch.delenv("ROUTER_CONFIG", raising=False)
@@ -100,11 +100,12 @@ def test_settings_do_not_change() -> None:
 
 def test_sample_config_says_the_defaults(monkeypatch: pytest.MonkeyPatch) -> None:
     sample = ROOT / "configs" / "router.sample.yaml"
-    known = {*XdsSettings.model_fields, *ExtprocSettings.model_fields, *UpSettings.model_fields}
+    programs = (XdsSettings, ExtprocSettings, UsageSettings, UpSettings)
+    known = {field for settings in programs for field in settings.model_fields}
     assert set(yaml.safe_load(sample.read_text()) or {}) <= known
     monkeypatch.setenv("ROUTER_CONFIG", str(sample))
-    read(XdsSettings)
-    read(ExtprocSettings)
+    for settings in programs:
+        read(settings)
 
 
 def test_worker_sockets_differ() -> None:

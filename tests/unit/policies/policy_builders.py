@@ -45,8 +45,9 @@ backends:
   - id: vllm_6.local
     uri: http://[2001:DB8::1]:8000
     credential: {file: /run/secrets/vllm, header: X-Token, prefix: "Token "}
+    price: {input_usd_per_1k: 0, output_usd_per_1k: 10000}
     reports_usage: false
-  - {id: spare, uri: http://10.0.0.7}
+  - {id: spare, uri: http://10.0.0.7, price: {input_usd_per_1k: 0, output_usd_per_1k: 0}}
 default_policy: {failover_threshold: 5, ejection: 1h, warmup_window: 0s}
 models:
   - model: gpt-4o
@@ -56,9 +57,11 @@ models:
       - {backend_id: vllm_6.local, weight: 30, deny_list: [key-2]}
       - {backend_id: spare, weight: 0}
     degraded_backends: [vllm_6.local]
+    max_output_tokens: 16384
   - model: on
     organization_id: acme
     backends: [{backend_id: spare, weight: 1}]
+    max_output_tokens: 1
 organization_overrides:
   - organization_id: acme
     model: gpt-4o
@@ -69,10 +72,12 @@ kill_switches:
   - {backend_id: spare, enabled: false, reason: maintenance}
 limits:
   default: {requests_per_second: 100, burst: 200, tokens_per_minute: 1000000, max_parallel: 200, on_store_error: local}
+  default_key: {max_parallel: 20, on_store_error: {rates: allow, budgets: deny}}
   organizations:
     acme: {budgets: [{period: MONTHLY, usd: 500.50, tokens: 50000000}, {period: DAILY, tokens: 0}], clamp_output: true}
   keys:
-    key-1: {requests_per_second: 5}
+    key-1: {requests_per_second: 5, budgets: [], clamp_output: false, on_store_error: deny}
+    key-2: {on_store_error: {budgets: allow}}
 """
 
 

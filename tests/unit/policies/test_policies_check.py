@@ -9,6 +9,9 @@ from policy_builders import HERE, MINIMAL, a_model, a_policy, a_share, loaded, p
 from policies.check import check, warn
 from policies.model import Policy
 
+PRICED = MINIMAL.replace("uri: http://a", "uri: http://a, price: {input_usd_per_1k: 1, output_usd_per_1k: 1}")
+BUDGET = "limits: {default: {budgets: [{period: DAILY, usd: 1}]}}\n"
+
 
 def told(policy: Policy) -> list[str]:
     return [str(problem) for problem in check(policy, root=HERE)]
@@ -120,8 +123,56 @@ def test_rule_does_not_stumble_on_what_could_not_be_read() -> None:
             MINIMAL.replace("model: m,", "model: m, degraded_backends: [a],"),
             "policies/0.yaml:2 models[0].degraded_backends: every backend is degraded",
         ),
+        (
+            MINIMAL.replace("model: m,", "model: m, max_output_tokens: 9,") + BUDGET,
+            "policies/0.yaml:1 backends[0].price: there is none: the use of this backend is not charged to usd budgets",
+        ),
+        (
+            PRICED + BUDGET,
+            "policies/0.yaml:2 models[0].max_output_tokens: there is none: "
+            "a request that names no maximum is reserved as 4096 tokens",
+        ),
     ],
-    ids=["killed", "lists", "degraded"],
+    ids=["killed", "lists", "degraded", "price", "output"],
 )
 def test_what_is_hardly_meant_is_a_warning(text: str, expected: str) -> None:
     assert [str(warning) for warning in loaded(text).warnings] == [expected]
+
+
+def warned(text: str) -> list[str]:
+    return [warning.place.path for warning in loaded(text).warnings]
+
+
+@pytest.mark.parametrize(
+    ("limits", "paths"),
+    [
+        ("default: {budgets: [{period: DAILY, usd: 1}]}", ["backends[0].price", "models[0].max_output_tokens"]),
+        ("default_key: {budgets: [{period: DAILY, usd: 1}]}", ["backends[0].price", "models[0].max_output_tokens"]),
+        (
+            "organizations: {acme: {budgets: [{period: DAILY, usd: 1}]}}",
+            ["backends[0].price", "models[0].max_output_tokens"],
+        ),
+        ("keys: {k: {budgets: [{period: DAILY, usd: 0}]}}", ["backends[0].price", "models[0].max_output_tokens"]),
+        ("default: {budgets: [{period: DAILY, tokens: 1}]}", ["models[0].max_output_tokens"]),
+        ("default: {clamp_output: true}", ["models[0].max_output_tokens"]),
+        ("default: {clamp_output: false, budgets: []}", []),
+        ("default: {requests_per_second: 1, tokens_per_minute: 1, max_parallel: 1}", []),
+        ("keys: {nobody: {max_parallel: 1}}", []),
+    ],
+)
+def test_budgets_want_prices_and_longest_answers(limits: str, paths: list[str]) -> None:
+    assert warned(MINIMAL + f"limits: {{{limits}}}") == paths
+
+
+def test_warnings_of_budgets_are_one_for_each_backend_that_is_used_and_each_model() -> None:
+    text = """\
+backends: [{id: a, uri: http://a}, {id: b, uri: http://b}, {id: c, uri: http://c}, {id: unused, uri: http://d}]
+models:
+  - {model: m, backends: [{backend_id: a, weight: 1}, {backend_id: b, weight: 0}]}
+  - {model: m, organization_id: acme, backends: [{backend_id: a, weight: 1}], max_output_tokens: 9}
+  - {model: text-embedding-3-small, backends: [{backend_id: a, weight: 1}]}
+organization_overrides: [{organization_id: acme, backends: [{backend_id: c, weight: 1}]}]
+limits:
+  organizations: {x: {budgets: [{period: DAILY, usd: 1}]}, y: {budgets: [{period: MONTHLY, usd: 1}]}}
+"""
+    assert warned(text) == [*(f"backends[{i}].price" for i in range(3)), "models[0].max_output_tokens"]

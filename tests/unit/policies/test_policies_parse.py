@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from policy_builders import FULL, MINIMAL, loaded, problems
 
-from policies.model import BackendUri, Budget, Credential, HealthCheck, LimitPolicy, Place, Price, Problem
+from policies.model import BackendUri, Budget, Credential, HealthCheck, LimitPolicy, Place, Price, Problem, StoreErrors
 from policies.nodes import Cursor, Mapping, Node, Scalar, Sequence, Wrong, line_of
 from policies.parse import parse, parse_endpoints
 from policies.scalars import duration_or_zero_s, integer, micro_usd, name, uri
@@ -30,6 +30,7 @@ def test_full_example_becomes_values() -> None:
         input_micro_usd_per_1k=5_000, output_micro_usd_per_1k=15_000, cached_input_micro_usd_per_1k=2_500
     )
     assert openai.labels == (("odd label", "1.0"), ("region", "eu-west-1"), ("tier", "gold"), ("version", "1.10"))
+    assert vllm.price == Price(input_micro_usd_per_1k=0, output_micro_usd_per_1k=10**10)
     assert vllm.uri.authority == "[2001:db8::1]:8000"
     assert vllm.credential == Credential(file="/run/secrets/vllm", header="x-token", prefix="Token ")
     assert (openai.reports_usage, vllm.reports_usage, spare.reports_usage) == (True, False, True)
@@ -37,20 +38,36 @@ def test_full_example_becomes_values() -> None:
     assert [entry.model for entry in policy.models] == ["gpt-4o", "on"]
     assert policy.models[0].backends[0].allow_list == {"key-1", "7"}
     assert policy.models[0].degraded_backends == {"vllm_6.local"}
+    assert [entry.max_output_tokens for entry in policy.models] == [16_384, 1]
     assert [(o.organization_id, o.model) for o in policy.organization_overrides] == [("acme", "gpt-4o"), ("42", "*")]
 
 
 def test_limits_become_values() -> None:
     limits = loaded(FULL).policy.limits
     assert limits.default == LimitPolicy(
-        requests_per_second=100, burst=200, tokens_per_minute=1_000_000, max_parallel=200, on_store_error="local"
+        requests_per_second=100,
+        burst=200,
+        tokens_per_minute=1_000_000,
+        max_parallel=200,
+        on_store_error=StoreErrors(rates="local"),
     )
+    assert limits.default_key == LimitPolicy(max_parallel=20, on_store_error=StoreErrors(rates="allow", budgets="deny"))
     budgets = (
         Budget(period="MONTHLY", limit_micro_usd=500_500_000, limit_tokens=50_000_000),
         Budget(period="DAILY", limit_tokens=0),
     )
     assert limits.organizations == (("acme", LimitPolicy(budgets=budgets, clamp_output=True)),)
-    assert limits.keys == (("key-1", LimitPolicy(requests_per_second=5)),)
+    refusing = StoreErrors(rates="deny", budgets="deny")
+    assert limits.keys == (
+        ("key-1", LimitPolicy(requests_per_second=5, budgets=(), clamp_output=False, on_store_error=refusing)),
+        ("key-2", LimitPolicy(on_store_error=StoreErrors(budgets="allow"))),
+    )
+
+
+def test_what_is_not_written_limits_nothing() -> None:
+    policy = loaded(MINIMAL).policy
+    assert policy.limits.default == policy.limits.default_key == LimitPolicy()
+    assert policy.models[0].max_output_tokens is None
 
 
 def test_credential_in_another_header_has_no_prefix_unless_given() -> None:
@@ -131,6 +148,20 @@ kill_switches: [{backend_id: a, enabled: yes}]
         ("limits: {keys: {'a b': {}}}", "keys[\"a b\"]: 'a b' holds whitespace"),
         ("limits: {on_store_error: deny}", "limits.on_store_error: unknown field"),
         ("limits: {default: {on_store_error: dny}}", "got 'dny' (did you mean 'deny'?)"),
+        ("limits: {default: {on_store_error: {rates: dny}}}", "on_store_error.rates: expected local or deny or allow"),
+        ("limits: {default: {on_store_error: {budgets: local}}}", "budgets: expected deny or allow, got 'local'"),
+        ("limits: {default: {on_store_error: {rate: deny}}}", "on_store_error.rate: unknown field"),
+        ("limits: {default: {on_store_error: [deny]}}", "expected a string, got a list"),
+        ("limits: {default_keys: {}}", "limits.default_keys: unknown field (did you mean 'default_key'?)"),
+        ("limits: {default_key: {max_parallel: 0}}", "limits.default_key.max_parallel: must be from 1 to"),
+        ("limits: {default: {budgets: [{period: DAILY, usd: 1000000001}]}}", "must be at most 1000000000"),
+        ("models: [{model: m, backends: [], max_output_tokens: 0}]", "must be from 1 to 10000000, got 0"),
+        ("models: [{model: m, backends: [], max_output_tokens: 10000001}]", "must be from 1 to 10000000"),
+        ("models: [{model: m, backends: [], max_output_tokens: 4k}]", "expected a whole number, got '4k'"),
+        (
+            "backends: [{id: a, uri: http://a, price: {input_usd_per_1k: 10000.000001, output_usd_per_1k: 1}}]",
+            "price.input_usd_per_1k: must be at most 10000",
+        ),
     ],
 )
 def test_what_is_wrong_is_said(text: str, expected: str) -> None:
@@ -286,6 +317,10 @@ _WORDS = st.sampled_from(
         "degraded_backends",
         "enabled",
         "default",
+        "default_key",
+        "max_output_tokens",
+        "on_store_error",
+        "rates",
         "keys",
         "organizations",
         "budgets",

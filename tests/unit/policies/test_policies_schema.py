@@ -62,6 +62,14 @@ GOOD = {
     "plain scalars as names": MINIMAL.replace("model: m", "model: 1.0, organization_id: true"),
     "credential prefix may be empty": backend("credential: {env: K, prefix: ''}"),
     "zero budget": limits("budgets: [{period: DAILY, usd: 0}]"),
+    "store error for every class": limits("on_store_error: local"),
+    "store error for each class": limits("on_store_error: {rates: allow, budgets: deny}"),
+    "store error for one class": limits("on_store_error: {budgets: allow}"),
+    "store error for no class": limits("on_store_error: {}"),
+    "limits of each key": MINIMAL + "limits: {default_key: {max_parallel: 1}}",
+    "shortest answers": MINIMAL.replace("model: m", "model: m, max_output_tokens: 1"),
+    "longest answers": MINIMAL.replace("model: m", "model: m, max_output_tokens: 10000000"),
+    "highest price": backend("price: {input_usd_per_1k: 10000, output_usd_per_1k: 10000.0}"),
     "price of zero": backend("price: {input_usd_per_1k: 0, output_usd_per_1k: .5}"),
     "no limits": limits(""),
 }
@@ -108,6 +116,19 @@ BAD = {
     "empty budget": limits("budgets: [{period: DAILY}]"),
     "period": limits("budgets: [{period: daily, usd: 1}]"),
     "store error": limits("on_store_error: open"),
+    "store error of rates": limits("on_store_error: {rates: open}"),
+    "budgets cannot be counted here": limits("on_store_error: {budgets: local}"),
+    "store error of what": limits("on_store_error: {tokens: deny}"),
+    "null store error": limits("on_store_error: "),
+    "limits of whose": MINIMAL + "limits: {default_org: {max_parallel: 1}}",
+    "budget of a billion": limits("budgets: [{period: DAILY, usd: 1000000001}]"),
+    "too high a price": backend("price: {input_usd_per_1k: 10000.5, output_usd_per_1k: 1}"),
+    "too high a cached price": backend(
+        "price: {input_usd_per_1k: 1, output_usd_per_1k: 1, cached_input_usd_per_1k: 10001}"
+    ),
+    "no answer": MINIMAL.replace("model: m", "model: m, max_output_tokens: 0"),
+    "endless answers": MINIMAL.replace("model: m", "model: m, max_output_tokens: 10000001"),
+    "fractional answers": MINIMAL.replace("model: m", "model: m, max_output_tokens: 1.5"),
     "limits key": MINIMAL + "limits: {keys: {'a b': {}}}",
 }
 

@@ -1,0 +1,82 @@
+"""Audit events out of the store, the newest first. What the stream is: :mod:`limits.audit_stream`."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from itertools import islice
+from typing import Final
+
+from gateway.audit import AuditAction, AuditEvent
+from limits.audit_stream import STREAM, answer
+from limits.connection import Connection
+from limits.resp import pack
+
+PAGE_EVENTS: Final = 500
+SKEW_S: Final = 3600.0
+"""How far the store's clock may be behind the one that an event was dated with."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Found:
+    """Events, the newest first, and how many entries of the stream could not be read as one."""
+
+    events: tuple[AuditEvent, ...]
+    unreadable: int
+
+
+async def read_events(
+    connection: Connection,
+    *,
+    limit: int,
+    organization_id: str | None = None,
+    request_id: str | None = None,
+    action: AuditAction | None = None,
+    since_s: float | None = None,
+) -> Found:
+    """The newest events of which every filter holds, each once; ``since_s`` is unix seconds.
+
+    Newest is by the time of writing: what waited for the store is where it was written. Read a page at a time, so
+    neither side holds the whole stream.
+
+    Raises:
+        StoreUnavailable: there is no answer in time.
+    """
+    # An entry's id is the time of its writing, which comes after the event's: older entries need not be looked at.
+    start = b"-" if since_s is None else b"%d" % max(0, (since_s - SKEW_S) * 1000)
+    end, unreadable = b"+", 0
+    found: dict[str, AuditEvent] = {}
+    while len(found) < limit:
+        page = await answer(connection, pack(b"XREVRANGE", STREAM, end, start, b"COUNT", b"%d" % PAGE_EVENTS))
+        for _, fields in page:
+            event = _event_of(fields)
+            if event is None:
+                unreadable += 1
+            elif (
+                organization_id in {None, event.organization_id}
+                and request_id in {None, event.request_id}
+                and action in {None, event.action}
+                and (since_s is None or event.created_at >= since_s)
+            ):
+                found[event.event_id] = event
+        if len(page) < PAGE_EVENTS:
+            break
+        end = b"(" + page[-1][0]
+    return Found(events=tuple(islice(found.values(), limit)), unreadable=unreadable)
+
+
+def _event_of(fields: list[bytes]) -> AuditEvent | None:
+    """Event of an entry; None where somebody else wrote it, or a later version."""
+    try:
+        texts = {fields[at].decode(): fields[at + 1].decode() for at in range(0, len(fields), 2)}
+        return AuditEvent(
+            event_id=texts["event_id"],
+            request_id=texts["request_id"],
+            organization_id=texts["organization_id"],
+            actor=texts["actor"],
+            action=AuditAction(texts["action"]),
+            metadata=dict(json.loads(texts["metadata"])),
+            created_at=float(texts["created_at"]),
+        )
+    except (KeyError, ValueError, TypeError, RecursionError):
+        return None

@@ -1,0 +1,1 @@
+"""The ledger: Envoy's access log settles what was reserved."""
