@@ -37,7 +37,7 @@ _UNITS: Final[dict[LimitKind, Literal["requests", "tokens", "usd"]]] = {
     LimitKind.MONTHLY_MICRO_USD: "usd",
     LimitKind.MONTHLY_TOKENS: "tokens",
 }
-_WINDOWS: Final = {LimitKind.REQUESTS: "1s", LimitKind.TOKENS: "1m", LimitKind.PARALLEL: "parallel"}
+_WINDOWS: Final = {LimitKind.REQUESTS: "burst", LimitKind.TOKENS: "1m", LimitKind.PARALLEL: "parallel"}
 _REASONS: Final = {
     LimitKind.REQUESTS: Reason.REQUEST_RATE,
     LimitKind.TOKENS: Reason.TOKEN_RATE,

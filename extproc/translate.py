@@ -17,7 +17,13 @@ from policies.model import Price
 from policies.price import cost_micro_usd
 
 _MILLION: Final = 1_000_000
-_CODES: Final = {refusal.openai_code: refusal for refusal in REFUSALS.values() if refusal.openai_code}
+_OURS_ALONE: Final = frozenset({402, 409, 422, 429})
+"""What is said of limits and idempotency keys: a backend that answers so means its own."""
+_CODES: Final = {
+    refusal.openai_code: refusal
+    for refusal in REFUSALS.values()
+    if refusal.openai_code and refusal.status not in _OURS_ALONE
+}
 _REJECTED: Final = "The backend rejected the request."
 
 

@@ -224,7 +224,7 @@ REFUSALS: Final[dict[Reason, Refusal]] = {
 class LimitContext:
     """The limit that a request ran into, as the client is told. Amounts are in ``unit``; money is in dollars.
 
-    Exactly one of ``period`` (of a budget) and ``window`` (``1s``, ``1m`` or ``parallel``, of a rate) is set.
+    Exactly one of ``period`` (of a budget) and ``window`` (``burst``, ``1m`` or ``parallel``) is set.
     ``reset_at`` is ISO 8601 in UTC.
     """
 

@@ -151,7 +151,7 @@ PRODUCERS: Ways = {
         (BOTH, called("solo", fault={"kind": "close"})),
         *(
             (BOTH, called("solo", fault={"kind": "status", "status": status, "body": LEAK}))
-            for status in (401, 403, 429, 500, 503, 529)
+            for status in (401, 402, 403, 429, 500, 503, 529)
         ),
         ((INFERENCE,), called("solo", fault={"kind": "bad_json"})),
         ((INFERENCE,), called("solo", fault={"kind": "status", "status": 204, "body": ""})),

@@ -73,7 +73,7 @@ def test_error_of_the_last_backend_tells_which_it_was(world: World, reason: Reas
 
 @pytest.mark.parametrize(
     ("status", "said"),
-    [(400, "context_length_exceeded"), (402, None), (404, "model_not_found"), (409, "conflict"), (422, None)],
+    [(400, "context_length_exceeded"), (404, "model_not_found"), (409, "conflict"), (422, None)],
 )
 @pytest.mark.parametrize("path", BOTH)
 def test_backends_own_refusal_is_heard(world: World, path: str, status: int, said: str | None) -> None:
@@ -92,7 +92,7 @@ FEIGNED = dict.fromkeys((*names.RATE_LIMIT_HEADERS, names.HEADER_WARNING, names.
 ADVISED = {"retry-after": "9", "retry-after-ms": "9000", "x-should-retry": "true"}
 
 
-@pytest.mark.parametrize("status", [400, 402, 409, 422])
+@pytest.mark.parametrize("status", [400, 409, 422])
 @pytest.mark.parametrize("path", BOTH)
 def test_backend_advises_on_its_own_refusal_and_says_nothing_in_the_routers_name(
     world: World, path: str, status: int

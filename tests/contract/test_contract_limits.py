@@ -31,7 +31,7 @@ BUDGETS: dict[str, tuple[Produce, dict[str, Any]]] = {
     ),
     "tokens of a key": (own_budget, {"subject": "api_key", "unit": "tokens", "limit": 1, "period": "DAILY"}),
 }
-WINDOWS = {Reason.REQUEST_RATE: "1s", Reason.TOKEN_RATE: "1m", Reason.PARALLEL_REQUESTS: "parallel"}
+WINDOWS = {Reason.REQUEST_RATE: "burst", Reason.TOKEN_RATE: "1m", Reason.PARALLEL_REQUESTS: "parallel"}
 
 
 def told(response: httpx.Response) -> set[str]:

@@ -383,7 +383,7 @@ def test_a_credential_is_in_no_file_or_log(bench: Bench, client: httpx.Client, f
 
 def test_a_provider_that_repeats_the_credential_in_its_error_is_not_shown(bench: Bench, client: httpx.Client) -> None:
     said: dict[str, Any] = {"error": {"message": f"bad key {SECRETS['second']}", "code": "invalid_api_key"}}
-    for status in (401, 403, 429, 500):
+    for status in (401, 402, 403, 429, 500):
         bench.second.fail("status", status=status, body=said, headers={"x-said": "x"})
         for path in (CHAT, INFERENCE):
             response = call(client, path, "second-only")

@@ -1,7 +1,7 @@
 """What Envoy answers by itself, in the error format of the contract.
 
 The public listener answers for failures before a backend is involved. The internal listener answers for
-one attempt at one backend: its replies, and a backend's own 5xx, 401, 403 and 429, become a JSON error
+one attempt at one backend: its replies, and a backend's own 5xx, 401, 402, 403 and 429, become a JSON error
 that names no backend, and the public listener's route tries the next backend on them.
 
 Envoy docs: "Local reply modification", "Custom Response Filter".
@@ -169,7 +169,7 @@ def backend_errors() -> CustomResponse:
     """
     reason = Reason.BACKEND_ERROR
     failed = [_response_is("class", HttpResponseStatusCodeClassMatchInput(), kind) for kind in ("3xx", "5xx")]
-    failed += [_response_is("code", HttpResponseStatusCodeMatchInput(), code) for code in ("401", "403", "429")]
+    failed += [_response_is("code", HttpResponseStatusCodeMatchInput(), code) for code in ("401", "402", "403", "429")]
     failed.append(
         MatcherMatcherListPredicate(
             and_matcher=MatcherMatcherListPredicatePredicateList(
