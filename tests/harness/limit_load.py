@@ -1,4 +1,4 @@
-"""Requests that are admitted and settled on a limit store without an end, and what is to hold of them whatever happens."""
+"""Requests that are admitted and settled on a limit store again and again, and what holds of them whatever happens."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ LIMITS = CallerLimits(
 )
 DEADLINE_S = 0.3
 LATE_S = 1.2 * DEADLINE_S + 0.3
-"""What no call takes longer than: the watch looks five times in a deadline, and a busy machine needs some time itself."""
+"""What no call takes longer than: the watch looks five times in a deadline, and a busy machine needs time itself."""
 AT_ONCE_S = 0.05
 """What is no waiting."""
 
@@ -72,8 +72,8 @@ class Load:
         self.done = 0
         self.failed: list[str] = []
         self.slowest_s = 0.0
-        self.failed_slowest_s = 0.0
-        """The slowest failure since it was last set to 0."""
+        self._failing_from_s = 0.0
+        self._failing_s: list[float] = []
         self.stopping = False
 
     def demand(self, request_id: str) -> Demand:
@@ -121,8 +121,8 @@ class Load:
         finally:
             took_s = time.monotonic() - began_s
             self.slowest_s = max(self.slowest_s, took_s)
-            if failed:
-                self.failed_slowest_s = max(self.failed_slowest_s, took_s)
+            if failed and began_s >= self._failing_from_s:
+                self._failing_s.append(took_s)
 
     @asynccontextmanager
     async def running(self) -> AsyncIterator[Load]:
@@ -140,10 +140,12 @@ class Load:
         goal = self.done + count
         await until(lambda: self.done >= goal, f"{count} more requests")
 
-    async def more_failures(self, count: int) -> None:
-        """Wait until so many more requests have failed."""
+    async def fail_at_once(self, count: int) -> None:
+        """Wait until so many more requests have failed; those that begin now wait for nothing."""
+        self._failing_from_s, self._failing_s = time.monotonic(), []
         goal = len(self.failed) + count
         await until(lambda: len(self.failed) >= goal, f"{count} more failures")
+        assert sorted(self._failing_s)[9 * len(self._failing_s) // 10] < AT_ONCE_S  # a machine may stumble
 
     async def everything_counts_once(self) -> None:
         """Settle every request that was ever asked for, once more or at last; each has been charged once then."""

@@ -60,8 +60,7 @@ class StoreView:
 
     def clear(self) -> None:
         """Wait until nothing is open, then forget everything."""
-        for organization_id in self._client.smembers("router:organizations"):
-            self.settled(organization_id)
+        eventually(lambda: not any(self._client.scan_iter("router:{*}:open")), "every request is settled")
         self._client.flushall()
 
     def close(self) -> None:

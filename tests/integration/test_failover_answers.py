@@ -79,7 +79,9 @@ def test_an_inference_call_is_told_of_its_own_fault(stack: Stack, client: httpx.
 
 @both_formats
 @pytest.mark.parametrize("status", [401, 402, 403])
-def test_our_own_bad_credential_or_empty_account_fails_over(stack: Stack, client: httpx.Client, status: int, path: str) -> None:
+def test_our_own_bad_credential_or_empty_account_fails_over(
+    stack: Stack, client: httpx.Client, status: int, path: str
+) -> None:
     stack.mocks["a"].fail("status", status=status)
     response = call(client, path)
     assert response.status_code == 200
