@@ -22,11 +22,11 @@ local input_cost, output_price, micro_usd = tonumber(d), tonumber(e), amount(f)
 
 local claim = ARGV[6] ~= '' and prefix .. 'claim:' .. ARGV[6]
 if claim then
-  local held = redis.call('HMGET', claim, 'fingerprint', 'state', 'owner')
+  local held = call('HMGET', claim, 'fingerprint', 'state', 'owner')
   if held[1] then
     if held[1] ~= ARGV[7] then return {'MISMATCH'} end
     if held[2] == 'done' then
-      local answer = redis.call('HMGET', claim, 'status', 'headers', 'body')
+      local answer = call('HMGET', claim, 'status', 'headers', 'body')
       return {'REPLAY', answer[1], answer[2], answer[3]}
     end
     if held[2] == 'too_large' then return {'TOO_LARGE'} end
@@ -36,7 +36,7 @@ end
 
 -- 1. Read the entry and, of each subject, its buckets, its day and its month.
 
-local overridden = redis.call('EXISTS', prefix .. 'budgets') == 1
+local overridden = call('EXISTS', prefix .. 'budgets') == 1
 local subjects = overridden and (#ARGV - 11) / 9 or tonumber(ARGV[11])
 local day, month, day_ends_s, month_ends_s = periods_at(now_s)
 local keys = {prefix .. 'entry:' .. id}
@@ -45,18 +45,18 @@ for subject = 1, subjects do
   local spend = prefix .. 'spend:' .. name .. ':'
   keys[3 * subject - 1], keys[3 * subject], keys[3 * subject + 1] = prefix .. 'rate:' .. name, spend .. day, spend .. month
 end
-local stored = redis.call('MGET', unpack(keys))
+local stored = call('MGET', unpack(keys))
 
 -- The same request again, because the answer to the first call was lost: nothing is counted twice.
 local counting = not look
 if counting and stored[1] then
-  local opened = stored[1] ~= CLOSED and cmsgpack.unpack(stored[1])
+  local opened = stored[1] ~= CLOSED and unpacked(stored[1])
   if not opened or opened[STATE] ~= 'open' then return {'CLOSED'} end
   counting, asked, micro_usd = false, opened[TOKENS_OUTPUT], opened[MICRO_USD]
 end
 
 local function limit_of(name, budget, given)
-  return tonumber(overridden and redis.call('HGET', prefix .. 'budgets', name .. budget) or given)
+  return tonumber(overridden and call('HGET', prefix .. 'budgets', name .. budget) or given)
 end
 
 local budgets = {}
@@ -83,17 +83,17 @@ local EXACT_MAX = 9e12 -- times 1,000 it is still a whole number in a double
 local output = asked
 if counting and asked > 0 and ARGV[10] == '1' then
   for _, budget in ipairs(budgets) do
-    if budget.tokens then output = math.min(output, budget.tokens_left - tokens_input) end
+    if budget.tokens then output = min(output, budget.tokens_left - tokens_input) end
     if budget.usd and output_price > 0 then
-      local left = math.min(budget.usd_left, EXACT_MAX) * 1000 - input_cost
-      output = math.min(output, math.floor(left / output_price))
+      local left = min(budget.usd_left, EXACT_MAX) * 1000 - input_cost
+      output = min(output, floor(left / output_price))
     end
   end
-  output = math.floor(output / answers) * answers
+  output = floor(output / answers) * answers
   if output < answers then
     output = asked -- nothing sensible is left: denied below, with the figures of the whole request
   elseif output < asked then
-    micro_usd = math.ceil((input_cost + output * output_price) / 1000)
+    micro_usd = ceil((input_cost + output * output_price) / 1000)
   end
 end
 local tokens = tokens_input + output
@@ -108,21 +108,21 @@ end
 
 for _, budget in ipairs(budgets) do
   -- What is overspent does not stand in the way of what is free.
-  if budget.usd and micro_usd > math.max(0, budget.usd_left) then deny(budget.code, -1) end
-  if budget.tokens and tokens > math.max(0, budget.tokens_left) then deny(budget.code + 1, -1) end
+  if budget.usd and micro_usd > max(0, budget.usd_left) then deny(budget.code, -1) end
+  if budget.tokens and tokens > max(0, budget.tokens_left) then deny(budget.code + 1, -1) end
 end
 
 -- What a bucket holds now. A clock that went back adds nothing and takes nothing.
 local function level_of(level, since_us, capacity, per_s)
   if not level then return capacity end
-  return math.min(capacity, level + math.max(0, now_us - since_us) * per_s / 1000000)
+  return min(capacity, level + max(0, now_us - since_us) * per_s / 1000000)
 end
 
 -- Where more is needed than a bucket can ever hold, a full one will do, and its level falls below zero.
 local SLACK = 1e-6
 local function need_of(code, need, level, capacity, per_s)
-  local short = math.min(need, capacity) - level
-  if short > SLACK then deny(code, math.floor(short / per_s * 1000) + 1) end
+  local short = min(need, capacity) - level
+  if short > SLACK then deny(code, floor(short / per_s * 1000) + 1) end
 end
 
 local SLOT_WAIT_MS = 1000 -- nobody knows when a running request ends
@@ -134,7 +134,7 @@ for subject = 1, subjects do
     per_minute = tonumber(ARGV[at + 3]), parallel = tonumber(ARGV[at + 4]), resets = 0,
   }
   local requests_left, tokens_left, since_us
-  if stored[key] then requests_left, tokens_left, since_us, rate.resets = cmsgpack.unpack(stored[key]) end
+  if stored[key] then requests_left, tokens_left, since_us, rate.resets = unpacked(stored[key]) end
   if rate.per_s then
     rate.requests_left = level_of(requests_left, since_us, rate.burst, rate.per_s)
     need_of(8 * subject + 1, 1, rate.requests_left, rate.burst, rate.per_s)
@@ -144,12 +144,12 @@ for subject = 1, subjects do
     need_of(8 * subject + 2, tokens, rate.tokens_left, rate.per_minute, rate.per_minute / 60)
   end
   if rate.parallel then
-    rate.slots_left = rate.parallel - redis.call('ZCOUNT', prefix .. 'parallel:' .. ARGV[at], whole(now_ms), '+inf')
+    rate.slots_left = rate.parallel - call('ZCOUNT', prefix .. 'parallel:' .. ARGV[at], whole(now_ms), '+inf')
     if rate.slots_left < 1 then deny(8 * subject + 3, SLOT_WAIT_MS) end
   end
   -- Left as it is, a moment in the future would stop the refill until the clock gets there.
   if since_us and since_us > now_us and not look then
-    redis.call('SET', keys[key], cmsgpack.pack(requests_left, tokens_left, now_us, rate.resets), 'KEEPTTL')
+    call('SET', keys[key], pack(requests_left, tokens_left, now_us, rate.resets), 'KEEPTTL')
   end
   rates[subject] = rate
 end
@@ -160,8 +160,8 @@ local answer = denier and {'DENIED', now_ms, wait_ms, denier} or {'OK', now_ms, 
 local counted = counting and not denier
 local size = 4
 local function figure(code, limit, remaining, whole_ms)
-  answer[size + 1], answer[size + 2], answer[size + 3] = code, limit, math.floor(remaining)
-  answer[size + 4] = math.ceil(math.max(0, whole_ms))
+  answer[size + 1], answer[size + 2], answer[size + 3] = code, limit, floor(remaining)
+  answer[size + 4] = ceil(max(0, whole_ms))
   size = size + 4
 end
 
@@ -182,17 +182,17 @@ for subject, rate in ipairs(rates) do
   if rate.per_s then
     if counted then rate.requests_left = rate.requests_left - 1 end
     local full_ms = (rate.burst - rate.requests_left) / rate.per_s * 1000
-    figure(8 * subject + 1, rate.burst, math.max(0, rate.requests_left + SLACK), full_ms)
+    figure(8 * subject + 1, rate.burst, max(0, rate.requests_left + SLACK), full_ms)
     rate.full_ms = full_ms
   end
   if rate.per_minute then
     if counted then rate.tokens_left = rate.tokens_left - tokens end
     local full_ms = (rate.per_minute - rate.tokens_left) / rate.per_minute * 60000
-    figure(8 * subject + 2, rate.per_minute, math.max(0, rate.tokens_left + SLACK), full_ms)
-    rate.full_ms = math.max(rate.full_ms, full_ms)
+    figure(8 * subject + 2, rate.per_minute, max(0, rate.tokens_left + SLACK), full_ms)
+    rate.full_ms = max(rate.full_ms, full_ms)
   end
   if rate.parallel then
-    figure(8 * subject + 3, rate.parallel, math.max(0, rate.slots_left - (counted and 1 or 0)), 0)
+    figure(8 * subject + 3, rate.parallel, max(0, rate.slots_left - (counted and 1 or 0)), 0)
   end
 end
 if not counted then return answer end
@@ -211,22 +211,22 @@ end
 for subject, rate in ipairs(rates) do
   local key = keys[3 * subject - 1]
   if rate.per_s or rate.per_minute then
-    local state = cmsgpack.pack(rate.requests_left, rate.tokens_left, now_us, rate.resets)
-    redis.call('SET', key, state, 'PX', whole(math.min(rate.full_ms + 60000, RATE_KEPT_MAX_MS)))
+    local state = pack(rate.requests_left, rate.tokens_left, now_us, rate.resets)
+    call('SET', key, state, 'PX', whole(min(rate.full_ms + 60000, RATE_KEPT_MAX_MS)))
     if rate.per_minute then rated[#rated + 1], rated[#rated + 2] = key, rate.resets end
   end
   if rate.parallel then
     local set = prefix .. 'parallel:' .. ARGV[3 + 9 * subject]
-    redis.call('ZADD', set, deadline, id)
+    call('ZADD', set, deadline, id)
     parallels[#parallels + 1] = set
   end
 end
-redis.call('ZADD', prefix .. 'open', deadline, id)
-redis.call('SET', keys[1], cmsgpack.pack({
+call('ZADD', prefix .. 'open', deadline, id)
+call('SET', keys[1], pack({
   'open', deadline_ms, now_ms, tokens_input, output, micro_usd, spends, rated, parallels, claim or '', ARGV[8], ARGV[9],
 }))
 if claim then
-  redis.call('HSET', claim, 'fingerprint', ARGV[7], 'state', 'running', 'owner', id)
-  redis.call('PEXPIRE', claim, ARGV[3])
+  call('HSET', claim, 'fingerprint', ARGV[7], 'state', 'running', 'owner', id)
+  call('PEXPIRE', claim, ARGV[3])
 end
 return answer

@@ -8,15 +8,15 @@
 -- Answers 1 when the claim was this request's and still running, else 0.
 
 local claim = prefix .. 'claim:' .. ARGV[3]
-local held = redis.call('HMGET', claim, 'state', 'owner')
+local held = call('HMGET', claim, 'state', 'owner')
 if held[1] ~= 'running' or held[2] ~= ARGV[2] then return 0 end
 if ARGV[4] == '0' then
-  redis.call('DEL', claim)
+  call('DEL', claim)
 elseif ARGV[4] == '-1' then
-  redis.call('HSET', claim, 'state', 'too_large')
-  redis.call('PEXPIRE', claim, ARGV[5])
+  call('HSET', claim, 'state', 'too_large')
+  call('PEXPIRE', claim, ARGV[5])
 else
-  redis.call('HSET', claim, 'state', 'done', 'status', ARGV[5], 'headers', ARGV[6], 'body', ARGV[7])
-  redis.call('PEXPIRE', claim, ARGV[4])
+  call('HSET', claim, 'state', 'done', 'status', ARGV[5], 'headers', ARGV[6], 'body', ARGV[7])
+  call('PEXPIRE', claim, ARGV[4])
 end
 return 1

@@ -9,18 +9,18 @@ local RATE_KEPT_MS = '86400000' -- so that it is known to whoever settles what w
 local day, month = periods_at(now_s)
 local credited = {}
 for i = 2, #ARGV do
-  redis.call('DEL', prefix .. 'parallel:' .. ARGV[i])
+  call('DEL', prefix .. 'parallel:' .. ARGV[i])
   local rate = prefix .. 'rate:' .. ARGV[i]
-  local before = redis.call('GET', rate)
+  local before = call('GET', rate)
   if before then
-    local _, _, _, resets = cmsgpack.unpack(before)
-    redis.call('SET', rate, cmsgpack.pack(nil, nil, now_us, resets + 1), 'PX', RATE_KEPT_MS)
+    local _, _, _, resets = unpacked(before)
+    call('SET', rate, pack(nil, nil, now_us, resets + 1), 'PX', RATE_KEPT_MS)
   end
   for _, period in ipairs({day, month}) do
     local key = prefix .. 'spend:' .. ARGV[i] .. ':' .. period
-    local before = redis.call('GET', key)
+    local before = call('GET', key)
     if before then
-      local use = cmsgpack.unpack(before)
+      local use = unpacked(before)
       local tokens = use[SPENT_TOKENS] + use[RESERVED_TOKENS] - use[CREDITED_TOKENS]
       local micro_usd = use[SPENT_MICRO_USD] + use[RESERVED_MICRO_USD] - use[CREDITED_MICRO_USD]
       add(use, CREDITED_TOKENS, tokens)

@@ -16,11 +16,11 @@ local expire, id = ARGV[2] == 'expire', ARGV[3]
 local tokens, micro_usd = amount(ARGV[4]), amount(ARGV[5])
 local entry = prefix .. 'entry:' .. id
 
-local stored = redis.call('GET', entry)
+local stored = call('GET', entry)
 if stored == CLOSED then return {'REPEATED', 0, 0} end
 if not stored then
   if expire then
-    redis.call('ZREM', prefix .. 'open', id)
+    call('ZREM', prefix .. 'open', id)
     return {'NONE', 0, 0}
   end
   local function unquoted(text)
@@ -29,17 +29,17 @@ if not stored then
   local day, month = periods_at(tonumber(ARGV[6]))
   for subject, period in string.gmatch(ARGV[7], '(%S+):(%u+)') do
     local key = prefix .. 'spend:' .. unquoted(subject) .. ':' .. (period == 'DAILY' and day or month)
-    local before = redis.call('GET', key)
+    local before = call('GET', key)
     local use = use_of(before)
     add(use, SPENT_TOKENS, tokens)
     add(use, SPENT_MICRO_USD, micro_usd)
     save_use(key, use, before)
   end
-  redis.call('SET', entry, CLOSED, 'PX', CLOSED_KEPT_MS)
+  call('SET', entry, CLOSED, 'PX', CLOSED_KEPT_MS)
   return {'CHARGED', tokens, micro_usd}
 end
 
-local opened = cmsgpack.unpack(stored)
+local opened = unpacked(stored)
 local expired = opened[STATE] == 'expired'
 if expire and (expired or opened[DEADLINE_MS] > now_ms) then return {'NONE', 0, 0} end
 
@@ -51,7 +51,7 @@ local more_tokens, more_micro_usd = tokens - reserved_tokens, micro_usd - reserv
 
 for i = 1, #opened[SPENDS], 2 do
   local key, resets_seen = opened[SPENDS][i], opened[SPENDS][i + 1]
-  local before = redis.call('GET', key)
+  local before = call('GET', key)
   local use = use_of(before)
   if expired then
     add(use, SPENT_TOKENS, more_tokens)
@@ -70,7 +70,7 @@ for i = 1, #opened[SPENDS], 2 do
 end
 
 if expired then
-  redis.call('SET', entry, CLOSED, 'PX', CLOSED_KEPT_MS)
+  call('SET', entry, CLOSED, 'PX', CLOSED_KEPT_MS)
   return {'SETTLED', more_tokens, more_micro_usd}
 end
 
@@ -79,15 +79,15 @@ end
 
 for i = 1, more_tokens ~= 0 and #opened[RATED] or 0, 2 do
   local key, resets_seen = opened[RATED][i], opened[RATED][i + 1]
-  local before = redis.call('GET', key)
+  local before = call('GET', key)
   if before then
-    local requests_left, tokens_left, since_us, resets = cmsgpack.unpack(before)
+    local requests_left, tokens_left, since_us, resets = unpacked(before)
     if tokens_left and resets == resets_seen then
-      local state = cmsgpack.pack(requests_left, tokens_left - more_tokens, since_us, resets)
+      local state = pack(requests_left, tokens_left - more_tokens, since_us, resets)
       if more_tokens > 0 then -- it takes longer to be full again than it would have been kept
-        redis.call('SET', key, state, 'PX', OVERDRAWN_KEPT_MS)
+        call('SET', key, state, 'PX', OVERDRAWN_KEPT_MS)
       else
-        redis.call('SET', key, state, 'KEEPTTL')
+        call('SET', key, state, 'KEEPTTL')
       end
     end
   end
@@ -95,20 +95,20 @@ end
 
 -- 3. It no longer runs.
 
-for _, key in ipairs(opened[PARALLEL]) do redis.call('ZREM', key, id) end
-redis.call('ZREM', prefix .. 'open', id)
+for _, key in ipairs(opened[PARALLEL]) do call('ZREM', key, id) end
+call('ZREM', prefix .. 'open', id)
 
 -- A claim that is still running has no answer to repeat: the next request with its key is the first again.
 local claim = opened[CLAIM]
 if claim ~= '' then
-  local held = redis.call('HMGET', claim, 'state', 'owner')
-  if held[1] == 'running' and held[2] == id then redis.call('DEL', claim) end
+  local held = call('HMGET', claim, 'state', 'owner')
+  if held[1] == 'running' and held[2] == id then call('DEL', claim) end
 end
 
 if expire then
   opened[STATE] = 'expired'
-  redis.call('SET', entry, cmsgpack.pack(opened), 'PX', EXPIRED_KEPT_MS)
+  call('SET', entry, pack(opened), 'PX', EXPIRED_KEPT_MS)
   return {'EXPIRED', tokens, micro_usd}
 end
-redis.call('SET', entry, CLOSED, 'PX', CLOSED_KEPT_MS)
+call('SET', entry, CLOSED, 'PX', CLOSED_KEPT_MS)
 return {'SETTLED', tokens, micro_usd}
