@@ -3,29 +3,32 @@
 from __future__ import annotations
 
 import json
+import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Final, Literal
 
 from limits.model import Admission, Admitted, Claimed, Demand, Denied, Figure, LimitKind, StoredAnswer
+from limits.msgpack import INTEGER, encode
 from limits.resp import packed
 from limits.scripts import ADMIT, prefix
 from policies.limits import CallerLimits, SubjectLimits
 from policies.model import Budget, KeyId, OrganizationId
 
 _PERIODS: Final[tuple[Literal["DAILY", "MONTHLY"], ...]] = ("DAILY", "MONTHLY")
+AMOUNT_MAX: Final = 10**12
+"""Tokens or micro-dollars of one request, whatever it asks for: sums stay whole numbers in the scripts."""
 _NO_CLAIM: Final = packed(b"", b"")
-_OF_ORGANIZATION: Final = 7  # EVALSHA to ARGV[3]
-_OF_REQUEST: Final = 6  # ARGV[4] to ARGV[9]
+_HEAD: Final = b"*13\r\n"  # EVALSHA, the script, one key, and nine arguments of it
+_numbers: Final = struct.Struct(">" + 7 * "Bq").pack
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CallerPart:
-    """What is the same under the same limits: the number of arguments, those at the end, what the figures are of."""
+    """What is the same under the same limits: the last argument, and what the figures are of by their codes."""
 
     limits: CallerLimits
-    size: bytes
-    arguments: bytes
+    argument: bytes
     figures: dict[int, tuple[LimitKind, str]]
 
 
@@ -33,22 +36,18 @@ def caller_part(limits: CallerLimits) -> CallerPart:
     """Work it out."""
     # Those at the end that have no limit are looked at only where budgets have been set.
     limited = max((n for n, subject in enumerate(limits.subjects, 1) if not subject.is_empty or n == 1), default=0)
-    arguments = [b"1" if limits.clamp_output else b"0", b"%d" % limited]
+    values: list[str | int | bool | None] = [limits.clamp_output, limited, len(limits.subjects)]
     figures: dict[int, tuple[LimitKind, str]] = {}
     for number, subject in enumerate(limits.subjects, 1):
-        arguments += _of_subject(subject)
+        values += _values_of(subject)
         figures |= {8 * number + kind: (kind, subject.subject) for kind in LimitKind}
-    return CallerPart(
-        limits=limits,
-        size=b"*%d\r\n" % (_OF_ORGANIZATION + _OF_REQUEST + len(arguments)),
-        arguments=packed(*arguments),
-        figures=figures,
-    )
+    return CallerPart(limits=limits, argument=packed(encode(*values)), figures=figures)
 
 
-def _of_subject(subject: SubjectLimits) -> list[bytes]:
+def _values_of(subject: SubjectLimits) -> list[str | int | None]:
     by_period = {budget.period: budget for budget in subject.budgets}
-    numbers: list[int | None] = [
+    values: list[str | int | None] = [
+        subject.subject,
         subject.requests_per_second,
         subject.burst,
         subject.tokens_per_minute,
@@ -56,41 +55,40 @@ def _of_subject(subject: SubjectLimits) -> list[bytes]:
     ]
     for period in _PERIODS:
         budget = by_period.get(period) or Budget(period=period)
-        numbers += [budget.limit_micro_usd, budget.limit_tokens]
-    return [subject.subject.encode(), *(b"" if number is None else b"%d" % number for number in numbers)]
+        values += [budget.limit_micro_usd, budget.limit_tokens]
+    return values
 
 
-def organization_part(organization_id: OrganizationId, *, mode: Literal[b"admit", b"look"], overdue_ms: int) -> bytes:
+def organization_part(organization_id: OrganizationId, *, mode: Literal[b"admit", b"look"]) -> bytes:
     """What is the same for every request of an organisation."""
     start = prefix(organization_id)
-    return packed(b"EVALSHA", ADMIT.sha, b"1", start + b"open", start, mode, b"%d" % overdue_ms)
+    return _HEAD + packed(b"EVALSHA", ADMIT.sha, b"1", start + b"open", start, mode)
 
 
-def admit_command(organization: bytes, demand: Demand, caller: CallerPart) -> bytes:
+def admit_command(organization: bytes, demand: Demand, caller: CallerPart, *, overdue_ms: int) -> bytes:
     """EVALSHA of admit.lua; ``organization`` is :func:`organization_part`."""
     request_id, key_id, about = demand.request_id.encode(), demand.key_id.encode(), demand.about.encode()
-    numbers = b"%d %d %d %d %d %d" % (
-        demand.tokens_input,
-        demand.tokens_output,
-        demand.choices,
-        demand.input_cost,
-        demand.output_price,
-        demand.micro_usd,
+    claim, integer = demand.claim, INTEGER
+    numbers = _numbers(
+        *(integer, overdue_ms),
+        *(integer, min(demand.tokens_input, AMOUNT_MAX)),
+        *(integer, min(demand.tokens_output, AMOUNT_MAX)),
+        *(integer, demand.choices),
+        *(integer, demand.input_cost),
+        *(integer, demand.output_price),
+        *(integer, min(demand.micro_usd, AMOUNT_MAX)),
     )
-    claim = demand.claim
-    return b"%b%b$%d\r\n%b\r\n$%d\r\n%b\r\n%b$%d\r\n%b\r\n$%d\r\n%b\r\n%b" % (
-        caller.size,
+    return b"%b$%d\r\n%b\r\n$63\r\n%b\r\n%b$%d\r\n%b\r\n$%d\r\n%b\r\n%b" % (
         organization,
         len(request_id),
         request_id,
-        len(numbers),
         numbers,
         _NO_CLAIM if claim is None else packed(claim.key.encode(), claim.fingerprint.encode()),
         len(key_id),
         key_id,
         len(about),
         about,
-        caller.arguments,
+        caller.argument,
     )
 
 
@@ -126,6 +124,6 @@ def read_admission(reply: Sequence[Any], caller: CallerPart) -> Admission | None
 
 
 def _figures(reply: Sequence[Any], caller: CallerPart) -> tuple[Figure, ...]:
-    kinds = caller.figures
+    of = caller.figures
     rows = zip(reply[4::4], reply[5::4], reply[6::4], reply[7::4], strict=True)
-    return tuple([Figure(*kinds[code], limit, remaining, reset_ms) for code, limit, remaining, reset_ms in rows])
+    return tuple([Figure(*of[code], limit, remaining, reset_ms) for code, limit, remaining, reset_ms in rows])

@@ -6,7 +6,9 @@ import json
 from collections.abc import Sequence
 from typing import Any, Final, Literal
 
+from limits.admission import AMOUNT_MAX
 from limits.model import Closing, Credit, Settlement, StoredAnswer
+from limits.msgpack import encode
 from limits.resp import pack
 from limits.scripts import FINISH, RESET, SETTLE, prefix
 from policies.model import OrganizationId
@@ -31,9 +33,7 @@ def settle_command(settlement: Settlement, *, mode: Literal[b"settle", b"expire"
         start,
         mode,
         settlement.request_id.encode(),
-        b"%d" % settlement.tokens,
-        b"%d" % settlement.micro_usd,
-        b"%d" % settlement.admitted_s,
+        encode(min(settlement.tokens, AMOUNT_MAX), min(settlement.micro_usd, AMOUNT_MAX), settlement.admitted_s),
         settlement.charge_to.encode(),
     )
 

@@ -73,7 +73,7 @@ class ValkeyLimits:
         """One round trip; one more when the connection broke meanwhile or the server had lost the script."""
         caller = self._caller(limits)
         organization = self._organization(demand.organization_id)
-        command = admit_command(organization.admit, demand, caller)
+        command = admit_command(organization.admit, demand, caller, overdue_ms=self._overdue_ms)
         registering = None if organization.registered else self._registering(demand.organization_id)
         # It may have been counted when the answer is lost. The same request again is not counted twice.
         reply = await self._ask(organization.slot, command, repeatable=True)
@@ -87,8 +87,8 @@ class ValkeyLimits:
     async def look(self, organization_id: OrganizationId, limits: CallerLimits) -> tuple[Figure, ...]:
         """One round trip."""
         caller = self._caller(limits)
-        part = organization_part(organization_id, mode=b"look", overdue_ms=0)
-        reply = await self._of(organization_id, admit_command(part, nobody(organization_id), caller))
+        part = organization_part(organization_id, mode=b"look")
+        reply = await self._of(organization_id, admit_command(part, nobody(organization_id), caller, overdue_ms=0))
         admission = read_admission(reply, caller)
         assert isinstance(admission, Admitted)  # noqa: S101 - a look is never denied
         return admission.figures
@@ -146,7 +146,7 @@ class ValkeyLimits:
         if found is None:
             if len(self._organizations) >= CALLERS_MAX:
                 self._organizations.clear()
-            part = organization_part(organization_id, mode=b"admit", overdue_ms=self._overdue_ms)
+            part = organization_part(organization_id, mode=b"admit")
             found = self._organizations[organization_id] = _Organization(slot(prefix(organization_id)), part)
         return found
 

@@ -2,18 +2,18 @@
 --
 -- ARGV[2]  "settle", or "expire": close with what was reserved, if it is overdue
 -- ARGV[3]  request id
--- ARGV[4]  tokens used           ARGV[6]  unix seconds of the admission, for a request that has no entry
--- ARGV[5]  micro-dollars         ARGV[7]  what such a request is to be charged to: "org:DAILY org:MONTHLY …", or ""
+-- ARGV[4]  numbers: tokens used, micro-dollars, and unix seconds of the admission, for a request that has no entry
+-- ARGV[5]  what such a request is to be charged to: "org:DAILY org:MONTHLY …", or ""
 --
 -- Answers {"SETTLED" or "EXPIRED" or "CHARGED" (there was no entry) or "REPEATED" or "NONE", tokens, micro-dollars charged
 -- now: for an entry that had expired before, the difference}
 
-local CLOSED_KEPT_MS = '600000' -- as long as an access log entry may come twice
-local EXPIRED_KEPT_MS = '86400000' -- as long as it may come late
-local OVERDRAWN_KEPT_MS = '86400000'
+local CLOSED_KEPT_MS = 600000 -- as long as an access log entry may come twice
+local EXPIRED_KEPT_MS = 86400000 -- as long as it may come late
+local OVERDRAWN_KEPT_MS = 86400000
 
 local expire, id = ARGV[2] == 'expire', ARGV[3]
-local tokens, micro_usd = amount(ARGV[4]), amount(ARGV[5])
+local tokens, micro_usd, admitted_s = unpacked(ARGV[4])
 local entry = prefix .. 'entry:' .. id
 
 local stored = call('GET', entry)
@@ -23,25 +23,25 @@ if not stored then
     call('ZREM', prefix .. 'open', id)
     return {'NONE', 0, 0}
   end
-  local function unquoted(text)
-    return (string.gsub(text, '%%(%x%x)', function(hex) return string.char(tonumber(hex, 16)) end))
-  end
-  local day, month = periods_at(tonumber(ARGV[6]))
-  for subject, period in string.gmatch(ARGV[7], '(%S+):(%u+)') do
-    local key = prefix .. 'spend:' .. unquoted(subject) .. ':' .. (period == 'DAILY' and day or month)
+  local day, month = periods_at(admitted_s)
+  for subject, period in string.gmatch(ARGV[5], '(%S+):(%u+)') do
+    local name = string.gsub(subject, '%%(%x%x)', function(hex) return string.char(tonumber(hex, 16)) end)
+    local key = prefix .. 'spend:' .. name .. ':' .. (period == 'DAILY' and day or month)
     local before = call('GET', key)
     local use = use_of(before)
-    add(use, SPENT_TOKENS, tokens)
-    add(use, SPENT_MICRO_USD, micro_usd)
+    use[SPENT_TOKENS], use[SPENT_MICRO_USD] = use[SPENT_TOKENS] + tokens, use[SPENT_MICRO_USD] + micro_usd
     save_use(key, use, before)
   end
   call('SET', entry, CLOSED, 'PX', CLOSED_KEPT_MS)
   return {'CHARGED', tokens, micro_usd}
 end
 
-local opened = unpacked(stored)
+local opened = {unpacked(stored)}
 local expired = opened[STATE] == 'expired'
-if expire and (expired or opened[DEADLINE_MS] > now_ms) then return {'NONE', 0, 0} end
+if expire then
+  local _, now_ms = clock()
+  if expired or opened[DEADLINE_MS] > now_ms then return {'NONE', 0, 0} end
+end
 
 local reserved_tokens, reserved_micro_usd = opened[TOKENS_INPUT] + opened[TOKENS_OUTPUT], opened[MICRO_USD]
 if expire then tokens, micro_usd = reserved_tokens, reserved_micro_usd end
@@ -49,24 +49,26 @@ local more_tokens, more_micro_usd = tokens - reserved_tokens, micro_usd - reserv
 
 -- 1. Periods. An expired entry has been spent as it was reserved; only the difference is left to book.
 
-for i = 1, #opened[SPENDS], 2 do
-  local key, resets_seen = opened[SPENDS][i], opened[SPENDS][i + 1]
-  local before = call('GET', key)
-  local use = use_of(before)
-  if expired then
-    add(use, SPENT_TOKENS, more_tokens)
-    add(use, SPENT_MICRO_USD, more_micro_usd)
-  else
-    add(use, RESERVED_TOKENS, -reserved_tokens)
-    add(use, RESERVED_MICRO_USD, -reserved_micro_usd)
-    add(use, SPENT_TOKENS, tokens)
-    add(use, SPENT_MICRO_USD, micro_usd)
-  end
+local spent_tokens, spent_micro_usd = tokens, micro_usd
+local freed_tokens, freed_micro_usd = reserved_tokens, reserved_micro_usd
+if expired then
+  spent_tokens, spent_micro_usd, freed_tokens, freed_micro_usd = more_tokens, more_micro_usd, 0, 0
+end
+local keys, periods, rated = {}, opened[PERIODS], opened[RATED]
+for i = 1, periods + rated do keys[i] = opened[ENTRY_SIZE + 2 * i - 1] end
+local before = periods + rated > 0 and call('MGET', unpack(keys)) or {}
+for i = 1, periods do
+  local use, resets_seen = use_of(before[i]), opened[ENTRY_SIZE + 2 * i]
+  -- Nothing is ever less than nothing, even where the server has lost some of its keys.
+  use[RESERVED_TOKENS] = max(0, use[RESERVED_TOKENS] - freed_tokens)
+  use[RESERVED_MICRO_USD] = max(0, use[RESERVED_MICRO_USD] - freed_micro_usd)
+  use[SPENT_TOKENS] = max(0, use[SPENT_TOKENS] + spent_tokens)
+  use[SPENT_MICRO_USD] = max(0, use[SPENT_MICRO_USD] + spent_micro_usd)
   if use[RESETS] > resets_seen then -- a reset has forgiven the reservation, so it forgives the difference too
-    add(use, CREDITED_TOKENS, more_tokens)
-    add(use, CREDITED_MICRO_USD, more_micro_usd)
+    use[CREDITED_TOKENS] = max(0, use[CREDITED_TOKENS] + more_tokens)
+    use[CREDITED_MICRO_USD] = max(0, use[CREDITED_MICRO_USD] + more_micro_usd)
   end
-  save_use(key, use, before)
+  save_use(keys[i], use, before[i])
 end
 
 if expired then
@@ -77,17 +79,15 @@ end
 -- 2. Token buckets get back what was not used, unless a reset has filled them since. Where one is gone it was full; what is
 -- over its capacity the next look cuts.
 
-for i = 1, more_tokens ~= 0 and #opened[RATED] or 0, 2 do
-  local key, resets_seen = opened[RATED][i], opened[RATED][i + 1]
-  local before = call('GET', key)
-  if before then
-    local requests_left, tokens_left, since_us, resets = unpacked(before)
-    if tokens_left and resets == resets_seen then
+for i = periods + 1, more_tokens ~= 0 and periods + rated or 0 do
+  if before[i] then
+    local requests_left, tokens_left, since_us, resets = unpacked(before[i])
+    if tokens_left and resets == opened[ENTRY_SIZE + 2 * i] then
       local state = pack(requests_left, tokens_left - more_tokens, since_us, resets)
       if more_tokens > 0 then -- it takes longer to be full again than it would have been kept
-        call('SET', key, state, 'PX', OVERDRAWN_KEPT_MS)
+        call('SET', keys[i], state, 'PX', OVERDRAWN_KEPT_MS)
       else
-        call('SET', key, state, 'KEEPTTL')
+        call('SET', keys[i], state, 'KEEPTTL')
       end
     end
   end
@@ -95,7 +95,7 @@ end
 
 -- 3. It no longer runs.
 
-for _, key in ipairs(opened[PARALLEL]) do call('ZREM', key, id) end
+for i = ENTRY_SIZE + 2 * (periods + rated) + 1, #opened do call('ZREM', opened[i], id) end
 call('ZREM', prefix .. 'open', id)
 
 -- A claim that is still running has no answer to repeat: the next request with its key is the first again.
@@ -107,7 +107,7 @@ end
 
 if expire then
   opened[STATE] = 'expired'
-  call('SET', entry, pack(opened), 'PX', EXPIRED_KEPT_MS)
+  call('SET', entry, pack(unpack(opened)), 'PX', EXPIRED_KEPT_MS)
   return {'EXPIRED', tokens, micro_usd}
 end
 call('SET', entry, CLOSED, 'PX', CLOSED_KEPT_MS)

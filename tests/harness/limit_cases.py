@@ -158,9 +158,9 @@ for _, key in ipairs(KEYS) do
     local requests_left, tokens_left, since_us, resets = cmsgpack.unpack(redis.call('GET', key))
     redis.call('SET', key, cmsgpack.pack(requests_left, tokens_left, since_us - by_us, resets), 'KEEPTTL')
   elseif string.find(key, ':entry:', 1, true) and redis.call('GET', key) ~= 'closed' then
-    local entry = cmsgpack.unpack(redis.call('GET', key))
+    local entry = {cmsgpack.unpack(redis.call('GET', key))}
     entry[2], entry[3] = entry[2] - by_ms, entry[3] - by_ms
-    redis.call('SET', key, cmsgpack.pack(entry), 'KEEPTTL')
+    redis.call('SET', key, cmsgpack.pack(unpack(entry)), 'KEEPTTL')
   end
   local ttl = redis.call('PTTL', key)
   if ttl >= 0 then redis.call('PEXPIRE', key, string.format('%.0f', ttl - by_ms)) end
@@ -168,9 +168,9 @@ end
 """
 _RENAME_IN_ENTRY = """
 if redis.call('GET', KEYS[1]) == 'closed' then return end
-local entry = cmsgpack.unpack(redis.call('GET', KEYS[1]))
-for i, spend in ipairs(entry[7]) do if spend == ARGV[1] then entry[7][i] = ARGV[2] end end
-redis.call('SET', KEYS[1], cmsgpack.pack(entry), 'KEEPTTL')
+local entry = {cmsgpack.unpack(redis.call('GET', KEYS[1]))}
+for i = 12, #entry do if entry[i] == ARGV[1] then entry[i] = ARGV[2] end end
+redis.call('SET', KEYS[1], cmsgpack.pack(unpack(entry)), 'KEEPTTL')
 """
 
 

@@ -45,7 +45,7 @@ def admissions(organizations: Sequence[OrganizationId]) -> tuple[list[bytes], li
     admit, settle = [], []
     for org in organizations:
         demand = a_demand(org, request_id=f"00000000-0000-4000-8000-{next(_ids):012d}")
-        admit.append(admit_command(organization_part(org, mode=b"admit", overdue_ms=900_000), demand, CALLER))
+        admit.append(admit_command(organization_part(org, mode=b"admit"), demand, CALLER, overdue_ms=900_000))
         settle.append(
             settle_command(Settlement(request_id=demand.request_id, organization_id=org, tokens=50, micro_usd=500))
         )

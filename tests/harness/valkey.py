@@ -40,7 +40,7 @@ USE: Final = (
     "resets",
 )
 """What a period's list holds (limits/lua/common.lua)."""
-UNPACK: Final = "return cmsgpack.unpack(redis.call('GET', KEYS[1]))"
+UNPACK: Final = "return {cmsgpack.unpack(redis.call('GET', KEYS[1]))}"
 
 
 class Server:
