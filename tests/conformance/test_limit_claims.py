@@ -75,9 +75,9 @@ async def test_answer_that_was_too_large_is_remembered_as_that(case: Case) -> No
     assert isinstance(await case.store.admit(claiming(org), LIMITS), Admitted)
 
 
-@pytest.mark.parametrize("freed", ["let go", "settled", "expired"])
+@pytest.mark.parametrize("freed", ["let go", "settled", "expired", "overdue"])
 async def test_key_whose_request_ends_without_an_answer_is_free(
-    case: Case, freed: Literal["let go", "settled", "expired"]
+    case: Case, freed: Literal["let go", "settled", "expired", "overdue"]
 ) -> None:
     org = an_organization()
     demand = claiming(org)
@@ -88,7 +88,8 @@ async def test_key_whose_request_ends_without_an_answer_is_free(
         await case.store.settle(used(demand))
     else:
         case.pass_time(org, OVERDUE_S + 1)
-        await case.store.expire(org, demand.request_id)
+        if freed == "expired":
+            await case.store.expire(org, demand.request_id)
     assert isinstance(await case.store.admit(claiming(org, fingerprint="f2"), LIMITS), Admitted)
 
 

@@ -15,11 +15,13 @@ from tests.harness.limit_cases import (
     OVERDUE_S,
     Case,
     a_budget,
+    a_case,
     a_demand,
     an_organization,
     limits_for,
     limits_of,
 )
+from tests.harness.valkey import Server
 
 pytestmark = pytest.mark.integration
 
@@ -223,3 +225,41 @@ async def test_names_with_odd_characters_are_names_like_any(case: Case, name: st
     (credit, _) = sorted(await case.store.reset(org, [f"key/{name}", "org"]), key=lambda credit: len(credit.period))[:2]
     assert credit.tokens == 40
     assert org in await case.store.organizations()
+
+
+# --- A server that has lost some keys.
+
+
+async def test_sums_that_were_lost_never_become_less_than_nothing(valkey: Server) -> None:
+    async with a_case(valkey) as case:
+        org = an_organization()
+        first, second = a_demand(org), a_demand(org)
+        for demand in (first, second):
+            await case.store.admit(demand, LIMITS)
+        case.pass_time(org, OVERDUE_S + 1)
+        await case.store.expire(org, second.request_id)
+        valkey.client.delete(*valkey.client.scan_iter("router:*:spend:*"))
+        await case.store.settle(used(second))
+        assert sums(case, org) == NOTHING
+        await case.store.settle(used(first))
+        assert sums(case, org) == NOTHING | {"spent_tokens": 40, "spent_micro_usd": 400}
+        assert case.running(org) == set()
+
+
+async def test_every_key_but_what_is_open_goes_with_time(valkey: Server) -> None:
+    async with a_case(valkey) as case:
+        org = an_organization()
+        closed, opened, late = a_demand(org), a_demand(org), a_demand(org)
+        for demand in (closed, late):
+            await case.store.admit(demand, LIMITS)
+        case.pass_time(org, OVERDUE_S + 1)
+        await case.store.expire(org, late.request_id)
+        await case.store.settle(used(closed))
+        await case.store.reset(org, ["org"])
+        await case.store.admit(opened, LIMITS)
+        await case.store.settle(used(a_demand(org), admitted_s=1, charge_to=charge_to(LIMITS)))
+        for _ in range(102):
+            case.pass_time(org, 86_400)
+        start = f"router:{{{org}}}:".encode()
+        expected = {b"open", f"entry:{opened.request_id}".encode(), b"parallel:org", b"parallel:key/k1"}
+        assert {key.removeprefix(start) for key in valkey.client.scan_iter(start + b"*")} == expected

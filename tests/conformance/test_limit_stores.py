@@ -115,13 +115,13 @@ async def test_tokens_used_beyond_the_reservation_are_owed(case: Case) -> None:
     org, limits = an_organization(), limits_for("org", tokens_per_minute=600)
     demand = a_demand(org, tokens_output=590)
     await case.store.admit(demand, limits)
-    await case.store.settle(Settlement(request_id=demand.request_id, organization_id=org, tokens=1200, micro_usd=0))
+    await case.store.settle(Settlement(request_id=demand.request_id, organization_id=org, tokens=3000, micro_usd=0))
     case.pass_time(org, 30)
     denial = denied(await case.store.admit(a_demand(org), limits), LimitKind.TOKENS, "org")
     assert denial.wait_ms is not None
-    assert 38_000 < denial.wait_ms <= 40_001
-    # The debt outlives the minute in which the bucket would have been full without it.
-    case.pass_time(org, 35)
+    assert 218_000 < denial.wait_ms <= 220_001
+    # The debt outlives the time after which the bucket would have been full without it.
+    case.pass_time(org, 215)
     assert isinstance(await case.store.admit(a_demand(org), limits), Denied)
     case.pass_time(org, 5.1)
     assert isinstance(await case.store.admit(a_demand(org), limits), Admitted)
@@ -139,7 +139,9 @@ async def test_request_larger_than_the_bucket_passes_when_it_is_full_and_is_owed
     large = denied(await case.store.admit(a_demand(org, tokens_input=1790), limits), LimitKind.TOKENS, "org")
     assert large.wait_ms is not None
     assert 179_000 < large.wait_ms <= 180_001
-    case.pass_time(org, large.wait_ms / 1000)
+    case.pass_time(org, 125)
+    assert isinstance(await case.store.admit(a_demand(org), limits), Denied)
+    case.pass_time(org, large.wait_ms / 1000 - 125)
     assert isinstance(await case.store.admit(a_demand(org, tokens_input=1790), limits), Admitted)
 
 

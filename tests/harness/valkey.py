@@ -43,6 +43,12 @@ USE: Final = (
 UNPACK: Final = "return {cmsgpack.unpack(redis.call('GET', KEYS[1]))}"
 
 
+def use_at(client: Any, key: str | bytes) -> dict[str, int]:
+    """What a period holds; nothing where there is none."""
+    found = client.eval(UNPACK, 1, key) if client.exists(key) else ()
+    return dict(zip(USE, found, strict=False))
+
+
 class Server:
     """A server on a unix socket and, with ``port``, on TCP. It forgets everything at its end, unless told to append."""
 
@@ -84,8 +90,7 @@ class Server:
 
     def use(self, key: str | bytes) -> dict[str, int]:
         """What a period holds; nothing where there is none."""
-        found = self.client.eval(UNPACK, 1, key) if self.client.exists(key) else ()
-        return dict(zip(USE, found, strict=False))
+        return use_at(self.client, key)
 
     def send(self, commands: Sequence[bytes], *, at_once: int = 50) -> list[Any]:
         """Replies to packed commands, sent so many at once."""
