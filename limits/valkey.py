@@ -13,6 +13,7 @@ import hiredis
 from gateway.errors import StoreUnavailable
 from gateway.telemetry import Logger
 from limits.admission import CallerPart, admit_command, caller_part, nobody, organization_part, read_admission
+from limits.calls import Calls, load_scripts
 from limits.commands import (
     expire_command,
     finish_command,
@@ -21,11 +22,11 @@ from limits.commands import (
     reset_command,
     settle_command,
 )
-from limits.connection import CANNOT_SERVE, Call, Connection
+from limits.connection import Connection
 from limits.model import Admission, Admitted, Closing, Credit, Demand, Figure, Settlement, StoredAnswer
 from limits.nodes import Nodes
 from limits.resp import pack
-from limits.scripts import ORGANIZATIONS, SCRIPTS, prefix, slot
+from limits.scripts import ORGANIZATIONS, prefix, slot
 from limits.store import BudgetUnit
 from limits.wire import Reply
 from policies.limits import CallerLimits
@@ -34,7 +35,6 @@ from policies.model import OrganizationId
 DEADLINE_S: Final = 0.25
 OVERDUE_S: Final = 900.0
 CLAIM_KEPT_S: Final = 300.0
-RECONNECT_WAIT_S: Final = 0.1
 CALLERS_MAX: Final = 10_000
 
 
@@ -50,14 +50,13 @@ class _Organization:
 class ValkeyLimits:
     """See :class:`limits.store.LimitStore`. Use :func:`open_limits`."""
 
-    def __init__(self, nodes: Nodes, *, deadline_s: float, overdue_s: float, claim_kept_s: float) -> None:
+    def __init__(self, nodes: Nodes, calls: Calls, *, overdue_s: float, claim_kept_s: float) -> None:
         self._nodes = nodes
-        self._deadline_s = deadline_s
+        self._calls = calls
         self._overdue_ms = round(overdue_s * 1000)
         self._claim_kept_ms = round(claim_kept_s * 1000)
         self._callers: dict[int, CallerPart] = {}
         self._organizations: dict[OrganizationId, _Organization] = {}
-        self._loading: asyncio.Task[None] | None = None
 
     @property
     def connection(self) -> Connection:
@@ -76,7 +75,7 @@ class ValkeyLimits:
         command = admit_command(organization.admit, demand, caller, overdue_ms=self._overdue_ms)
         registering = None if organization.registered else self._registering(demand.organization_id)
         # It may have been counted when the answer is lost. The same request again is not counted twice.
-        reply = await self._ask(organization.slot, command, repeatable=True)
+        reply = await self._calls.ask(organization.slot, command, repeatable=True)
         if registering is not None:
             organization.registered = await self._was_done(registering)
         admission = read_admission(reply, caller)
@@ -138,7 +137,7 @@ class ValkeyLimits:
 
     async def organizations(self) -> tuple[OrganizationId, ...]:
         """One round trip."""
-        found = await self._ask(slot(ORGANIZATIONS), pack(b"SMEMBERS", ORGANIZATIONS))
+        found = await self._calls.ask(slot(ORGANIZATIONS), pack(b"SMEMBERS", ORGANIZATIONS))
         return tuple(sorted(OrganizationId(name.decode()) for name in found))
 
     def _organization(self, organization_id: OrganizationId) -> _Organization:
@@ -170,64 +169,7 @@ class ValkeyLimits:
             return False  # the next admission does it
 
     async def _of(self, organization_id: OrganizationId, command: bytes) -> Reply:
-        return await self._ask(self._organization(organization_id).slot, command)
-
-    async def _ask(self, slot_: int, command: bytes, *, repeatable: bool = False) -> Reply:
-        """Reply to a command, which is sent again where that may help and does no harm, all within the deadline."""
-        until_s = asyncio.get_running_loop().time() + self._deadline_s
-        asked = self._nodes.call(slot_, command)
-        try:
-            reply = await asked
-        except StoreUnavailable as lost:
-            if not repeatable:
-                raise
-            return await self._ask_again(slot_, command, lost, until_s)
-        if isinstance(reply, hiredis.ReplyError):
-            return await self._ask_again(slot_, command, reply, until_s)
-        return reply
-
-    async def _ask_again(self, slot_: int, command: bytes, why: Exception, until_s: float) -> Reply:
-        try:
-            async with asyncio.timeout_at(until_s):
-                while True:
-                    await self._mend(self._nodes.of(slot_), why)
-                    reply = await self._nodes.call(slot_, command)
-                    if not isinstance(reply, hiredis.ReplyError):
-                        return reply
-                    why = reply
-        except TimeoutError:
-            raise StoreUnavailable(str(why)) from None
-
-    async def _mend(self, node: Connection, why: Exception) -> None:
-        """Do what lets a call succeed that has failed without having done anything, or that may be repeated.
-
-        Raises:
-            StoreUnavailable: nothing does, or not soon.
-        """
-        if isinstance(why, hiredis.ReplyError):
-            if str(why).startswith("NOSCRIPT"):
-                await self._load(node)
-                return
-            if not str(why).startswith(CANNOT_SERVE):
-                raise StoreUnavailable(str(why))
-            node.drop(str(why))
-        if not await node.wait_up(RECONNECT_WAIT_S):
-            raise StoreUnavailable(str(why))
-
-    async def _load(self, node: Connection) -> None:
-        """Send the scripts again, once for all calls that miss them."""
-        if self._loading is None or self._loading.done():
-            self._loading = asyncio.create_task(_send_scripts(node))
-        await asyncio.shield(self._loading)
-
-
-async def _send_scripts(node: Connection) -> None:
-    await asyncio.gather(*[node.call(pack(b"SCRIPT", b"LOAD", script.source)) for script in SCRIPTS])
-
-
-async def _load_scripts(call: Call) -> None:
-    for script in SCRIPTS:
-        await call(b"SCRIPT", b"LOAD", script.source)
+        return await self._calls.ask(self._organization(organization_id).slot, command)
 
 
 @asynccontextmanager
@@ -259,8 +201,9 @@ async def open_limits(
         store.forget_registrations()
         on_change(is_up)
 
-    nodes = Nodes(address, prepare=_load_scripts, deadline_s=deadline_s, log=log, on_change=changed)
-    store = ValkeyLimits(nodes, deadline_s=deadline_s, overdue_s=overdue_s, claim_kept_s=claim_kept_s)
+    nodes = Nodes(address, prepare=load_scripts, deadline_s=deadline_s, log=log, on_change=changed)
+    calls = Calls(nodes, deadline_s=deadline_s, log=log)
+    store = ValkeyLimits(nodes, calls, overdue_s=overdue_s, claim_kept_s=claim_kept_s)
     try:
         await nodes.seed.wait_up(deadline_s)
         yield store

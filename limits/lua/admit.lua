@@ -208,6 +208,7 @@ if not counted then return answer end
 -- 5. Count it, and open the ledger entry.
 
 local RATE_KEPT_MAX_MS = 366 * 86400000 -- less where it is full before: a full bucket need not be kept
+local SLOT_KEPT_MS = 300000 -- a slot that nobody frees is not lost for longer; a request that runs longer holds none
 local deadline_ms = now_ms + overdue_ms
 local touched, rated = {}, 0
 for i = 1, #budgets do
@@ -230,7 +231,7 @@ end
 for subject = 1, subjects do
   if rates[subject].slots_left then
     local set = prefix .. 'parallel:' .. limits[9 * subject - 5]
-    call('ZADD', set, deadline_ms, id)
+    call('ZADD', set, now_ms + min(overdue_ms, SLOT_KEPT_MS), id)
     touched[#touched + 1] = set
   end
 end

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import pytest
+import uvloop
 
 from gateway.errors import StoreUnavailable
 from limits.model import Admitted
@@ -197,15 +198,46 @@ async def test_callers_that_leave_mix_up_no_answers(server: Server) -> None:
 
 
 async def test_held_up_loop_is_no_slow_server(server: Server) -> None:
+    log = Log()
+
+    async def held_up() -> None:
+        async with a_store(server.address, log=cast(Any, log)) as store:
+            load = Load(store)
+            for number in range(5):
+                calls = [asyncio.create_task(store.admit(load.demand(f"r-{number}-{n}"), LIMITS)) for n in range(5)]
+                await asyncio.sleep(0)
+                await asyncio.sleep(0)
+                time.sleep(1.5 * DEADLINE_S)  # noqa: ASYNC251 - this is the loop that is held up
+                assert [type(each) for each in await asyncio.gather(*calls)] == [Admitted] * 5
+            assert [event for event, _ in log.events] == ["limit_store_up"]
+
+    await in_thread(lambda: uvloop.run(held_up()))  # as the programs run: its timers come before what it reads
+
+
+async def test_connection_that_breaks_under_load_fails_no_admission(server: Server) -> None:
     async with a_store(server.address) as store:
         load = Load(store)
-        for number in range(5):
-            calls = [asyncio.create_task(store.admit(load.demand(f"r-{number}-{n}"), LIMITS)) for n in range(5)]
+        for turn in range(30):
+            ids = [f"r-{turn}-{n}" for n in range(20)]
+            load.asked += ids
+            calls = [asyncio.create_task(store.admit(load.demand(request_id), LIMITS)) for request_id in ids]
             await asyncio.sleep(0)
-            await asyncio.sleep(0)
-            time.sleep(1.5 * DEADLINE_S)  # noqa: ASYNC251 - this is the loop that is held up
-            assert [type(each) for each in await asyncio.gather(*calls)] == [Admitted] * 5
-        assert store.connection.is_up
+            await in_thread(lambda: server.client.client_kill_filter(_type="normal", skipme=True))
+            assert [type(each) for each in await asyncio.gather(*calls)] == [Admitted] * 20
+            await until(lambda: store.connection.is_up, "it is connected anew")
+        await load.everything_counts_once()
+
+
+async def test_organizations_are_told_again_to_a_server_that_has_forgotten_them() -> None:
+    with a_server() as server:
+        async with a_store(server.address) as store:
+            for request_id in ("before", "after"):
+                await store.admit(Load(store).demand(request_id), LIMITS)
+                assert await store.organizations() == ("acme",)
+                await in_thread(server.kill)
+                await in_thread(server.start)
+                await until(lambda: store.connection.is_up, "it is connected anew")
+                assert await store.organizations() == ()
 
 
 async def test_server_that_answers_nonsense_is_none(server: Server) -> None:
@@ -222,12 +254,15 @@ async def test_server_that_answers_nonsense_is_none(server: Server) -> None:
 
 
 async def test_errors_of_the_server_reach_the_caller_and_the_connection_stays(server: Server) -> None:
-    async with a_store(server.address) as store:
+    log = Log()
+    async with a_store(server.address, log=cast(Any, log)) as store:
         load = Load(store)
         server.client.config_set("maxmemory", 1)
-        with pytest.raises(StoreUnavailable, match="OOM"):
-            await store.admit(load.demand("x"), LIMITS)
+        for _ in range(3):
+            with pytest.raises(StoreUnavailable, match="OOM"):
+                await store.admit(load.demand("x"), LIMITS)
         assert store.connection.is_up
+        assert [event for event, _ in log.events] == ["limit_store_up", "limit_store_refused"]
         server.client.config_set("maxmemory", 0)
         assert isinstance(await store.admit(load.demand("x"), LIMITS), Admitted)
 
