@@ -85,7 +85,7 @@ class Nodes:
         _, slot, place = error.split(" ")
         node = self._by_place.get(place)
         if node is None:
-            node = self._by_place[place] = self._connect(_at(self._address, place))
+            node = self._by_place[place] = self._connect(node_address(self._address, place))
         self._by_slot[int(slot)] = node
         if node.was_tried:
             node.take_over(asked)  # where it is down that is said at once
@@ -106,7 +106,7 @@ class Nodes:
             self._log.error("limit_store_given_up", exc_info=error)  # our bug
 
 
-def _at(address: str, place: str) -> str:
+def node_address(address: str, place: str) -> str:
     """The same user, password and kind of connection at ``host:port``."""
     parts = urlsplit(address)
     host, _, port = place.rpartition(":")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import socket
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -201,17 +202,26 @@ async def test_held_up_loop_is_no_slow_server(server: Server) -> None:
     log = Log()
 
     async def held_up() -> None:
+        reading, writing = socket.socketpair()
+
+        def hold_up() -> None:
+            reading.recv(1)
+            time.sleep(1.5 * DEADLINE_S)
+
+        asyncio.get_running_loop().add_reader(reading, hold_up)
         async with a_store(server.address, log=cast(Any, log)) as store:
             load = Load(store)
             for number in range(5):
                 calls = [asyncio.create_task(store.admit(load.demand(f"r-{number}-{n}"), LIMITS)) for n in range(5)]
                 await asyncio.sleep(0)
-                await asyncio.sleep(0)
-                time.sleep(1.5 * DEADLINE_S)  # noqa: ASYNC251 - this is the loop that is held up
+                writing.send(b"x")  # what is read first holds up what is read next, and timers come before that
                 assert [type(each) for each in await asyncio.gather(*calls)] == [Admitted] * 5
             assert [event for event, _ in log.events] == ["limit_store_up"]
+        asyncio.get_running_loop().remove_reader(reading)
+        reading.close()
+        writing.close()
 
-    await in_thread(lambda: uvloop.run(held_up()))  # as the programs run: its timers come before what it reads
+    await in_thread(lambda: uvloop.run(held_up()))  # as the programs run
 
 
 async def test_connection_that_breaks_under_load_fails_no_admission(server: Server) -> None:
