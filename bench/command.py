@@ -135,8 +135,9 @@ def _memory(running: Sequence[Contestant]) -> report.MemoryOf:
     return {each.letter: {name: machine.memory(pid) for name, pid in each.pids().items()} for each in running}
 
 
-def _hot_path() -> dict[str, float]:
-    command = [sys.executable, str(ROOT / "bench" / "hot_path.py"), "--json"]
+def _alone(script: str) -> dict[str, float]:
+    """Figures of a part measured by itself, in a process of its own."""
+    command = [sys.executable, str(ROOT / "bench" / script), "--json"]
     measured: dict[str, float] = json.loads(subprocess.run(command, capture_output=True, check=True).stdout)
     return measured
 
@@ -215,7 +216,8 @@ def main(*, rounds: int, seconds: int, workers: int, threads: int, json_path: Pa
     except CannotMeasure as error:
         click.echo(f"bench: {error}", err=True)
         sys.exit(1)
-    hot_path = _hot_path()
-    report.show(console, samples, memory, hot_path, names)
+    with console.status("the router's own Python and the limit store, each by itself"):
+        hot_path, limits = _alone("hot_path.py"), _alone("limits.py")
+    report.show(console, samples, memory, hot_path, limits, names)
     if json_path:
-        json_path.write_text(json.dumps(report.document(samples, memory, hot_path, about), indent=2) + "\n")
+        json_path.write_text(json.dumps(report.document(samples, memory, hot_path, limits, about), indent=2) + "\n")
