@@ -173,6 +173,15 @@ def _target_table(found: Sequence[Target]) -> Table:
     return table
 
 
+def _limits_line(limits: Mapping[str, float]) -> str:
+    return (
+        f"Admission at 1,000 requests/s: p50 {limits['admit_p50_ms']:.2f} ms, p99 {limits['admit_p99_ms']:.2f} ms; "
+        f"both scripts of a request {limits['scripts_us']:.0f} µs, "
+        f"with 100,000 organisations {limits['scripts_us_many_organizations']:.0f}, "
+        f"with 100,000 open requests {limits['scripts_us_many_open_entries']:.0f}"
+    )
+
+
 def show(
     console: Console,
     samples: Sequence[Sample],
@@ -189,9 +198,7 @@ def show(
     console.print(
         f"The router's own Python, a request: {hot_path['total']:.0f} µs "
         f"[dim]({hot_path['best']:.0f}…{hot_path['worst']:.0f})[/dim]: {steps}",
-        f"Admission at 1,000 requests/s: p50 {limits['admit_p50_ms']:.2f} ms, p99 {limits['admit_p99_ms']:.2f} ms; both scripts "
-        f"of a request {limits['scripts_us']:.0f} µs, with 100,000 organisations "
-        f"{limits['scripts_us_many_organizations']:.0f}, with 100,000 open requests {limits['scripts_us_many_open_entries']:.0f}",
+        _limits_line(limits),
         f"{answered:,} requests measured; not 2xx, socket errors or timeouts: {unwell}",
         f"Programs that take no part used {other.text('.2f')} cores meanwhile"
         + (": [red]too much for these figures to be trusted[/red]" if other.median > QUIET_MAX_CORES else ""),
