@@ -218,6 +218,6 @@ def main(*, rounds: int, seconds: int, workers: int, threads: int, json_path: Pa
         sys.exit(1)
     with console.status("the router's own Python and the limit store, each by itself"):
         hot_path, limits = _alone("hot_path.py"), _alone("limits.py")
-    report.show(console, samples, memory, hot_path, limits, names)
+    report.show(console, samples, memory, hot_path=hot_path, limits=limits, contestants=names)
     if json_path:
         json_path.write_text(json.dumps(report.document(samples, memory, hot_path, limits, about), indent=2) + "\n")

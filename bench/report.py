@@ -186,6 +186,7 @@ def show(
     console: Console,
     samples: Sequence[Sample],
     memory: MemoryOf,
+    *,
     hot_path: Mapping[str, float],
     limits: Mapping[str, float],
     contestants: Mapping[str, str],
