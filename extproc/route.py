@@ -52,7 +52,8 @@ def _ask_for_usage(document: Document) -> Edit | None:
     options = document.members.get("stream_options")
     if options and options.get("include_usage"):
         return None
-    wanted = written({**options, "include_usage": True}) if options else '{"include_usage":true}'
+    there = "stream_options" in document.members
+    wanted = written({**(options or {}), "include_usage": True}) if there else '{"include_usage":true}'
     return setting(document, "stream_options", wanted)
 
 
