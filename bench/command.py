@@ -1,4 +1,4 @@
-"""The command: start the three, check that each answers rightly, load them in turn, say what came out."""
+"""The command: start the four, check that each answers rightly, load them in turn, say what came out."""
 
 from __future__ import annotations
 
@@ -64,20 +64,29 @@ def _missing() -> list[str]:
 
 @contextlib.contextmanager
 def _started(plan: Plan) -> Iterator[tuple[list[Contestant], str]]:
-    """All three, running, and the key they are asked with. Idle ones take next to no processor time."""
+    """All four, running, and the key they are asked with. Idle ones take next to no processor time."""
     with contextlib.ExitStack() as stack:
         directory = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="rb-", dir="/tmp")))
-        for name in ("nginx", "a", "b", "c"):
+        for name in ("nginx", "a", "b", "c", "d"):
             (directory / name).mkdir()
         key = write_key(directory / "keys.yaml")
         nginx = stack.enter_context(backend.running_backend(directory / "nginx"))
         threads, workers = plan.threads, plan.workers
         direct = contestants.envoy_direct(directory / "a", nginx, threads=threads)
         idle = contestants.envoy_do_nothing(directory / "b", nginx, threads=threads, workers=workers)
-        router = contestants.router(
-            directory / "c", nginx, threads=threads, workers=workers, model=MODEL, key_file=directory / "keys.yaml"
-        )
-        yield [stack.enter_context(each) for each in (direct, idle, router)], key
+        routers = [
+            contestants.router(
+                directory / name,
+                nginx,
+                threads=threads,
+                workers=workers,
+                model=MODEL,
+                key_file=directory / "keys.yaml",
+                limited=limited,
+            )
+            for name, limited in (("c", False), ("d", True))
+        ]
+        yield [stack.enter_context(each) for each in (direct, idle, *routers)], key
 
 
 def _ask(contestant: Contestant, key: str) -> httpx.Response | None:
@@ -103,17 +112,19 @@ def _check(contestant: Contestant, key: str, workers: int) -> None:
     eventually(answers, f"{contestant.name} answers 200")
     if contestant.letter != "A":
         eventually(lambda: len(contestant.worker_pids()) == workers, f"{contestant.name} has {workers} workers")
-    if contestant.letter == "C":
+    if contestant.letter in {"C", "D"}:
         good, bad = _ask(contestant, key), _ask(contestant, "rk-unknown")
         assert good is not None, "the router does not answer"
         assert good.json()["object"] == "chat.completion", "the router does not give the backend's answer"
         assert "x-routing-backend" in good.headers, "the router does not name a backend"
+        limits = "x-ratelimit-remaining-tokens" in good.headers
+        assert limits == (contestant.letter == "D"), "the router does not tell of its limits, or of limits it has not"
         assert bad is not None, "the router does not answer"
         assert bad.status_code == 401, "the router does not check keys"
 
 
 def _measure(plan: Plan, running: Sequence[Contestant], key: str, console: Console) -> list[Sample]:
-    """Rounds of A B C at one connection, then A B C at many."""
+    """Rounds of A B C D at one connection, then A B C D at many."""
     samples = []
     steps = (plan.rounds + 1) * len(running) * len(CONNECTIONS)
     columns = (TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn())
@@ -183,7 +194,7 @@ def _say_about(console: Console, about: dict[str, Any]) -> None:
 def _bench(plan: Plan, console: Console) -> tuple[list[Sample], report.MemoryOf, dict[str, str]]:
     with _started(plan) as (running, key):
         try:
-            with console.status("starting Envoy three times, the workers, xds and nginx"):
+            with console.status("starting Envoy four times, the workers, xds and nginx"):
                 for contestant in running:
                     _check(contestant, key, plan.workers)
             samples = _measure(plan, running, key, console)

@@ -1,4 +1,4 @@
-"""The three that are measured, each with an Envoy of its own: alone, with an ext_proc that does nothing, the router."""
+"""What is measured, each with an Envoy of its own: alone, with an ext_proc that does nothing, the router, with limits."""
 
 from __future__ import annotations
 
@@ -188,13 +188,16 @@ def _workers_of(supervisor: Process) -> dict[str, int]:
 
 @contextlib.contextmanager
 def router(
-    directory: Path, backend: Backend, *, threads: int, workers: int, model: str, key_file: Path
+    directory: Path, backend: Backend, *, threads: int, workers: int, model: str, key_file: Path, limited: bool
 ) -> Iterator[Contestant]:
-    """C: this project, everything on: keys from a file and from Valkey, policy over ADS, access log."""
+    """C: this project: keys from a file, policy over ADS, both access logs. D: and every limit, counted in Valkey."""
     write_policy(directory / "policies", backend.ports, model)
     environ, port, admin_port = _settings(directory, workers=workers, key_file=key_file)
-    socket = ("--port", "0", "--unixsocket", str(directory / "valkey.sock"), "--dir", str(directory), "--save", "")
-    valkey = Process("valkey", (str(get_binary_path()), *socket), directory=directory, environ={})
+    socket = ("--port", "0", "--unixsocket", str(directory / "valkey.sock"), "--dir", str(directory))
+    command = (str(get_binary_path()), *socket, "--save", "", "--appendonly", "yes")
+    stores = [Process("valkey", command, directory=directory, environ={})] if limited else []
+    if not limited:
+        environ["REDIS_ADDR"] = ""
     xds, extproc, usage = (
         Process(name, (sys.executable, "-m", name), directory=directory, environ=environ)
         for name in ("xds", "extproc", "usage")
@@ -202,12 +205,12 @@ def router(
     admin = {"admin": {"address": {"socket_address": {"address": "127.0.0.1", "port_value": admin_port}}}}
     bootstrap = str(ROOT / "envoy" / "bootstrap.yaml")
     envoy = _envoy(directory, threads, "-c", bootstrap, "--config-yaml", json.dumps(admin))
-    with _running(valkey, xds, extproc, usage, envoy):
+    with _running(*stores, xds, extproc, usage, envoy):
         yield Contestant(
-            letter="C",
-            name="router",
+            letter="D" if limited else "C",
+            name="router, every limit" if limited else "router",
             url=f"http://127.0.0.1:{port}",
             backend=backend,
-            processes=(envoy, xds, extproc, usage, valkey),
+            processes=(envoy, xds, extproc, usage, *stores),
             workers=lambda: _workers_of(extproc),
         )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterable
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 
@@ -37,8 +37,10 @@ class Opened:
 
 
 @asynccontextmanager
-async def open_limiter(settings: ExtprocSettings, *, log: Logger) -> AsyncIterator[Opened]:
+async def open_limiter(settings: ExtprocSettings, *, models: Iterable[str], log: Logger) -> AsyncIterator[Opened]:
     """The limiter that the settings name. A store or service that is down does not fail the start.
+
+    ``models`` are those whose requests are to be counted without delay.
 
     Raises:
         ValueError: an address has no known form.
@@ -79,7 +81,7 @@ async def open_limiter(settings: ExtprocSettings, *, log: Logger) -> AsyncIterat
         if settings.budget_service_endpoint:
             budgets = await stack.enter_async_context(open_budget_service(settings))
         tokens = TokenCounter()
-        await asyncio.to_thread(tokens.warm_up)
+        await asyncio.to_thread(tokens.warm_up, models)
         limiter = Limiter(
             store=store,
             local=local,

@@ -47,7 +47,8 @@ async def open_deciders(settings: ExtprocSettings, policy: FollowedPolicy, *, lo
     Raises:
         KeyFileInvalid, ValueError: a setting cannot be used.
     """
-    async with open_keys(settings, log=log) as keys, open_limiter(settings, log=log) as limits:
+    models = {entry.model for entry in policy.table().index.policy.models}
+    async with open_keys(settings, log=log) as keys, open_limiter(settings, models=models, log=log) as limits:
         yield Deciders(
             keys=keys.store,
             policy=policy.table,

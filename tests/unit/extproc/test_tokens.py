@@ -79,7 +79,7 @@ def test_vocabulary_is_that_of_the_models_family(model: str, older: bool) -> Non
 
 def test_warmed_up_counter_counts() -> None:
     counter = TokenCounter()
-    counter.warm_up()
+    counter.warm_up(("gpt-4o", "gpt-4"))
     assert counter.count(an_ask(Kind.COMPLETION, prompt=SHORT)) == 4
 
 
