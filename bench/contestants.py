@@ -1,4 +1,4 @@
-"""What is measured, each with an Envoy of its own: alone, with an ext_proc that does nothing, the router, with limits."""
+"""What is measured, each with an Envoy of its own: alone, with a do-nothing ext_proc, the router, and with limits."""
 
 from __future__ import annotations
 

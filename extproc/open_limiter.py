@@ -81,7 +81,8 @@ async def open_limiter(settings: ExtprocSettings, *, models: Iterable[str], log:
         if settings.budget_service_endpoint:
             budgets = await stack.enter_async_context(open_budget_service(settings))
         tokens = TokenCounter()
-        await asyncio.to_thread(tokens.warm_up, models)
+        if store is not None:
+            await asyncio.to_thread(tokens.warm_up, models)
         limiter = Limiter(
             store=store,
             local=local,
