@@ -159,3 +159,24 @@ def test_nothing_hangs_and_nothing_is_charged_twice_when_the_store_dies_under_lo
     assert view.spent_micro_usd("paid") == cost
     assert view.spend("paid")["reserved_micro_usd"] == 0
     view.close()
+
+
+def test_parallel_requests_are_not_counted_while_no_ledger_could_free_their_slots(stack: Stack) -> None:
+    stack.apply(limited_policy(stack.uris, default={"max_parallel": 1}))
+    stack.usage.stop(signal.SIGKILL)
+    eventually(lambda: metric(stack, "router_limit_ledger_here") == 0, "every worker knows that the ledger is away")
+    assert [ask(stack, "free").status_code for _ in range(5)] == [200] * 5
+    stack.usage.start()
+    eventually(lambda: metric(stack, "router_limit_ledger_here") == 2, "every worker has heard of the ledger again")
+    for mock in stack.mocks.values():
+        mock.fail("hold")
+    with stack.client("dev-other-x") as client:
+        first = threading.Thread(target=lambda: call(client, CHAT))
+        first.start()
+        eventually(lambda: sum(mock.counts().held for mock in stack.mocks.values()) == 1, "the first request runs")
+        denied = ask(stack, "other")
+        for mock in stack.mocks.values():
+            mock.heal()
+            mock.release()
+        first.join()
+    assert denied.status_code == 429
