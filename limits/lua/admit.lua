@@ -131,6 +131,7 @@ local function level_of(level, since_us, capacity, per_s)
 end
 
 local SLACK = 1e-6
+local CLOCK_MS = 0.01 -- what whole microseconds may hide of a wait
 local SLOT_WAIT_MS = 1000 -- nobody knows when a running request ends
 local rates = {}
 for subject = 1, subjects do
@@ -140,13 +141,13 @@ for subject = 1, subjects do
   if stored[key] then requests_left, tokens_left, since_us, resets = unpacked(stored[key]) end
   requests_left = per_s and level_of(requests_left, since_us, burst, per_s) or nil
   if per_s and requests_left < 1 - SLACK then
-    deny(8 * subject + 1, floor((1 - requests_left) / per_s * 1000) + 1)
+    deny(8 * subject + 1, floor((1 - requests_left) / per_s * 1000 + CLOCK_MS) + 1)
   end
   tokens_left = per_minute and level_of(tokens_left, since_us, per_minute, per_minute / 60) or nil
   if per_minute then
     -- Where more is needed than a bucket can ever hold, a full one will do, and its level falls below zero.
     local short = min(tokens, per_minute) - tokens_left
-    if short > SLACK then deny(8 * subject + 2, floor(short / per_minute * 60000) + 1) end
+    if short > SLACK then deny(8 * subject + 2, floor(short / per_minute * 60000 + CLOCK_MS) + 1) end
   end
   if parallel then
     slots_left = parallel - call('ZCOUNT', prefix .. 'parallel:' .. limits[at], now_ms, '+inf')

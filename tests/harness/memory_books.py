@@ -14,6 +14,7 @@ from policies.limits import CallerLimits, SubjectLimits
 from policies.model import Budget
 
 SLACK = 1e-6
+CLOCK_MS = 0.01
 SLOT_WAIT_MS = 1000
 CLOSED_KEPT_US = 600_000_000
 EXPIRED_KEPT_US = 86_400_000_000
@@ -132,7 +133,7 @@ class Line:
         if self.bucket is None:
             return SLOT_WAIT_MS if self.left < 1 else 0
         short = min(self.need, self.limit) - self.left
-        return math.floor(short / self.per_s * 1000) + 1 if short > SLACK else 0
+        return math.floor(short / self.per_s * 1000 + CLOCK_MS) + 1 if short > SLACK else 0
 
     def figure(self, now_us: int, *, taken: bool) -> Figure:
         """What is told of it."""
