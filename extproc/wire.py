@@ -7,10 +7,7 @@ a descriptor set in a pool of their own; ``make protos`` writes it. Envoy API: e
 from __future__ import annotations
 
 from functools import lru_cache
-from importlib import resources
 from typing import Any, Final
-
-from google.protobuf import descriptor_pb2, descriptor_pool, message_factory
 
 from extproc.exchange import (
     Command,
@@ -26,24 +23,9 @@ from extproc.exchange import (
     Rewrite,
 )
 from gateway import names
+from gateway.protobuf import message_classes
 
-
-def _load() -> descriptor_pool.DescriptorPool:
-    pool = descriptor_pool.DescriptorPool()
-    files = descriptor_pb2.FileDescriptorSet.FromString((resources.files("extproc") / "ext_proc.binpb").read_bytes())
-    for file in files.file:
-        pool.Add(file)
-    return pool
-
-
-_POOL: Final = _load()
-
-
-def message(name: str) -> Any:
-    """Message class of the private pool by full name."""
-    return message_factory.GetMessageClass(_POOL.FindMessageTypeByName(name))
-
-
+message: Final = message_classes("extproc", "ext_proc.binpb")
 _Request: Final = message("envoy.service.ext_proc.v3.ProcessingRequest")
 _Response: Final = message("envoy.service.ext_proc.v3.ProcessingResponse")
 _OVERWRITE: Final = 2  # HeaderValueOption.HeaderAppendAction.OVERWRITE_IF_EXISTS_OR_ADD

@@ -10,13 +10,12 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
-from importlib import resources
 from typing import Any, Final
 
-from google.protobuf import descriptor_pb2, descriptor_pool, message_factory
 from google.protobuf.message import DecodeError
 
 from gateway import names
+from gateway.protobuf import message_classes
 from policies import price
 from policies.model import BackendId, KeyId, ModelName, OrganizationId, Price
 
@@ -24,22 +23,7 @@ TOKENS_MAX: Final = 10**9
 """What a backend counts beyond it is no count of tokens, and sums of it would not stay exact in the store."""
 
 
-def _load() -> descriptor_pool.DescriptorPool:
-    pool = descriptor_pool.DescriptorPool()
-    files = descriptor_pb2.FileDescriptorSet.FromString((resources.files("usage") / "access_log.binpb").read_bytes())
-    for file in files.file:
-        pool.Add(file)
-    return pool
-
-
-_POOL: Final = _load()
-
-
-def message(name: str) -> Any:
-    """Message class of the private pool by full name."""
-    return message_factory.GetMessageClass(_POOL.FindMessageTypeByName(name))
-
-
+message: Final = message_classes("usage", "access_log.binpb")
 _Message: Final = message("envoy.service.accesslog.v3.StreamAccessLogsMessage")
 
 
