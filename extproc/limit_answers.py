@@ -121,10 +121,11 @@ def refused_by(denied: Denied) -> Refused:
     whose = "organisation's" if context.subject == "organization" else "API key's"
     reason = _REASONS[figure.kind]
     if context.period:
+        left = max(0, context.remaining)  # it may be overspent, which is nobody's business here
         amounts = (
-            f"{context.limit:,} {context.unit}, of which {context.remaining:,} remain"
-            if context.unit != "usd"
-            else f"${context.limit:,.2f}, of which ${context.remaining:,.6f} remain"
+            f"${context.limit:,.2f}, of which ${left:,.6f} remain"
+            if context.unit == "usd"
+            else f"{context.limit:,} {context.unit}, of which {left:,} remain"
         )
         text = (
             f"The {whose} {context.period.lower()} budget is {amounts}; this request may need more. "

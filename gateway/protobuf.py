@@ -1,4 +1,4 @@
-"""Message classes of descriptor sets in pools of their own: upb, many times faster than betterproto2 (design, "Two codecs").
+"""Message classes of descriptor sets in pools of their own: upb, far faster than betterproto2 (design, "Two codecs").
 
 ``make protos`` writes the sets. A private pool never meets the descriptors of an installed package.
 """
