@@ -114,6 +114,11 @@ def _moment(ms: int) -> str:
     return datetime.fromtimestamp(-(-ms // 1000), UTC).isoformat(timespec="seconds").replace("+00:00", "Z")
 
 
+def _usd(amount: float) -> str:
+    """``$500`` or ``$0.000123``: to the micro-dollar, without zeros at the end."""
+    return f"${amount:,.6f}".rstrip("0").rstrip(".")
+
+
 def refused_by(denied: Denied) -> Refused:
     """The refusal of a request that a limit denies."""
     figure = denied.denier
@@ -123,7 +128,7 @@ def refused_by(denied: Denied) -> Refused:
     if context.period:
         left = max(0, context.remaining)  # it may be overspent, which is nobody's business here
         amounts = (
-            f"${context.limit:,.2f}, of which ${left:,.6f} remain"
+            f"{_usd(context.limit)}, of which {_usd(left)} remain"
             if context.unit == "usd"
             else f"{context.limit:,} {context.unit}, of which {left:,} remain"
         )

@@ -85,6 +85,16 @@ def test_money_is_told_in_dollars_and_its_period() -> None:
     }
 
 
+@pytest.mark.parametrize(
+    ("limit", "remaining", "text"),
+    [(500_000_000, 1_250_000, "$500, of which $1.25 remain"), (123, -7, "$0.000123, of which $0 remain")],
+)
+def test_budget_is_told_to_the_micro_dollar_and_never_as_less_than_nothing(
+    limit: int, remaining: int, text: str
+) -> None:
+    assert text in denied(a_figure(LimitKind.DAILY_MICRO_USD, limit=limit, remaining=remaining)).text
+
+
 def test_rate_is_told_by_its_window_and_whose_it_is() -> None:
     context = context_of(a_figure(LimitKind.TOKENS, subject="key/k"), at_ms=AT_MS)
     assert (context.subject, context.unit, context.window, context.period) == ("api_key", "tokens", "1m", None)
