@@ -84,10 +84,13 @@ def _xds_is(stack: Stack, status: str) -> bool:
 
 def test_a_killed_worker_costs_at_most_the_requests_in_its_hands(stack: Stack) -> None:
     connections = 8
+    eventually(lambda: _serving(stack) == 2, "both workers serve")
+    killed = _worker_pids(stack)[0]
     with load_on(stack, connections) as load:
         eventually(lambda: load.count() > 100, "load runs")
-        os.kill(_worker_pids(stack)[0], signal.SIGKILL)
-        eventually(lambda: len(_worker_pids(stack)) == 2 and _serving(stack) == 2, "the worker serves again")
+        os.kill(killed, signal.SIGKILL)
+        eventually(lambda: _worker_pids(stack).get(0, killed) != killed, "the worker is started again")
+        eventually(lambda: _serving(stack) == 2, "the worker serves again")
         after = load.count()
         eventually(lambda: load.count() > after + 100, "load goes on")
     assert set(load.outcomes) <= {"200", "503"}

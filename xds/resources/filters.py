@@ -15,6 +15,7 @@ from envoy_data_plane.envoy.config.core.v3 import (
     GrpcService,
     GrpcServiceEnvoyGrpc,
     RetryPolicy,
+    RetryPolicyRetryHostPredicate,
     TypedExtensionConfig,
 )
 from envoy_data_plane.envoy.extensions.content_parsers.json.v3 import JsonContentParser, JsonContentParserRuleConfig
@@ -46,8 +47,10 @@ from envoy_data_plane.envoy.extensions.filters.network.http_connection_manager.v
 from envoy_data_plane.envoy.extensions.http.early_header_mutation.header_mutation.v3 import (
     HeaderMutation as EarlyHeaderMutation,
 )
+from envoy_data_plane.envoy.extensions.retry.host.previous_hosts.v3 import PreviousHostsPredicate
 from envoy_data_plane.envoy.type.matcher.v3 import ListStringMatcher, RegexMatcher, StringMatcher
 from envoy_data_plane.envoy.type.v3 import HttpStatus, StatusCode
+from envoy_data_plane.google.protobuf import Any
 
 from gateway import names
 from gateway.errors import REFUSALS, Reason
@@ -124,7 +127,18 @@ def ext_proc() -> HttpFilter:
         ExternalProcessor(
             grpc_service=GrpcService(
                 envoy_grpc=GrpcServiceEnvoyGrpc(cluster_name=names.CLUSTER_EXTPROC, skip_envoy_headers=True),
-                retry_policy=RetryPolicy(retry_on="connect-failure,refused-stream,reset-before-request", num_retries=2),
+                retry_policy=RetryPolicy(
+                    retry_on="connect-failure,refused-stream,reset-before-request",
+                    num_retries=2,
+                    # Not the dead worker again, which load balancing would offer until its health check has failed.
+                    retry_host_predicate=[
+                        RetryPolicyRetryHostPredicate(
+                            name="envoy.retry_host_predicates.previous_hosts",
+                            typed_config=Any.pack(PreviousHostsPredicate()),
+                        )
+                    ],
+                    host_selection_retry_max_attempts=5,
+                ),
             ),
             processing_mode=ProcessingMode(
                 request_header_mode=ProcessingModeHeaderSendMode.SEND,
