@@ -20,6 +20,7 @@ def stack() -> Iterator[Stack]:
 @pytest.fixture(autouse=True)
 def _fresh(stack: Stack) -> None:
     stack.reset()
+    stack.apply(policy_of(stack.uris))
 
 
 def test_chat_reaches_a_backend_unchanged(stack: Stack) -> None:
