@@ -1,4 +1,4 @@
-"""What a request is about, kept on its ledger entry: enough for a usage record when its access log entry is lost. Pure."""
+"""What a request is about, kept on its ledger entry: of it a usage record can be made if need be. Pure."""
 
 from __future__ import annotations
 

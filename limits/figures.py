@@ -35,8 +35,8 @@ def read(text: str) -> tuple[Figure, ...]:
 
 
 def _figure(text: str) -> Figure:
-    code, separator, rest = text.partition(" ")
-    subject, limit, remaining, reset_ms = rest.rsplit(" ", 3) if separator else ()
+    code, _, rest = text.partition(" ")
+    subject, limit, remaining, reset_ms = rest.rsplit(" ", 3)
     return Figure(LimitKind(int(code)), _unescaped(subject), int(limit), int(remaining), int(reset_ms))
 
 

@@ -86,11 +86,12 @@ class Credential:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Price:
-    """Micro-dollars per 1,000 tokens."""
+    """Micro-dollars per 1,000 tokens. Cached input and reasoning cost the same as other input and output where None."""
 
     input_micro_usd_per_1k: int
     output_micro_usd_per_1k: int
     cached_input_micro_usd_per_1k: int | None = None
+    reasoning_micro_usd_per_1k: int | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

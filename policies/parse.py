@@ -63,6 +63,7 @@ _NO_LABELS: tuple[tuple[str, str], ...] = ()
 _BACKEND_FIELDS = frozenset(
     {"id", "uri", "model_variant", "timeout", "health_check", "credential", "price", "labels", "reports_usage"}
 )
+_PRICE_FIELDS = frozenset({"input_usd_per_1k", "output_usd_per_1k", "cached_input_usd_per_1k", "reasoning_usd_per_1k"})
 _LIST_SECTIONS = frozenset({"backends", "models", "organization_overrides", "kill_switches"})
 _SINGLE_SECTIONS = frozenset({"default_policy", "limits"})
 
@@ -178,11 +179,12 @@ def _credential(at: Cursor) -> Credential:
 
 
 def _price(at: Cursor) -> Price:
-    fields = fields_of(at, frozenset({"input_usd_per_1k", "output_usd_per_1k", "cached_input_usd_per_1k"}))
+    fields = fields_of(at, _PRICE_FIELDS)
     return Price(
         input_micro_usd_per_1k=fields.need("input_usd_per_1k", price_micro_usd, 0),
         output_micro_usd_per_1k=fields.need("output_usd_per_1k", price_micro_usd, 0),
         cached_input_micro_usd_per_1k=fields.get("cached_input_usd_per_1k", price_micro_usd, None),
+        reasoning_micro_usd_per_1k=fields.get("reasoning_usd_per_1k", price_micro_usd, None),
     )
 
 

@@ -39,7 +39,8 @@ backends:
     timeout: 1.5m
     health_check: {path: "/health?deep=1", interval: 500ms, timeout: 250ms}
     credential: {env: PROVIDER_KEY}
-    price: {input_usd_per_1k: 0.005, output_usd_per_1k: 0.015, cached_input_usd_per_1k: 0.0025}
+    price:
+      {input_usd_per_1k: 0.005, output_usd_per_1k: 0.015, cached_input_usd_per_1k: 0.0025, reasoning_usd_per_1k: 0.02}
     labels: {region: eu-west-1, tier: gold, "odd label": "1.0", version: 1.10}
     reports_usage: true
   - id: vllm_6.local

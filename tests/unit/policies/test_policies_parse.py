@@ -27,7 +27,10 @@ def test_full_example_becomes_values() -> None:
     assert openai.health_check == HealthCheck(path="/health?deep=1", interval_s=0.5, timeout_s=0.25)
     assert openai.credential == Credential(env="PROVIDER_KEY", header="authorization", prefix="Bearer ")
     assert openai.price == Price(
-        input_micro_usd_per_1k=5_000, output_micro_usd_per_1k=15_000, cached_input_micro_usd_per_1k=2_500
+        input_micro_usd_per_1k=5_000,
+        output_micro_usd_per_1k=15_000,
+        cached_input_micro_usd_per_1k=2_500,
+        reasoning_micro_usd_per_1k=20_000,
     )
     assert openai.labels == (("odd label", "1.0"), ("region", "eu-west-1"), ("tier", "gold"), ("version", "1.10"))
     assert vllm.price == Price(input_micro_usd_per_1k=0, output_micro_usd_per_1k=10**10)

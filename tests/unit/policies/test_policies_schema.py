@@ -126,6 +126,9 @@ BAD = {
     "too high a cached price": backend(
         "price: {input_usd_per_1k: 1, output_usd_per_1k: 1, cached_input_usd_per_1k: 10001}"
     ),
+    "too high a price of reasoning": backend(
+        "price: {input_usd_per_1k: 1, output_usd_per_1k: 1, reasoning_usd_per_1k: 10001}"
+    ),
     "no answer": MINIMAL.replace("model: m", "model: m, max_output_tokens: 0"),
     "endless answers": MINIMAL.replace("model: m", "model: m, max_output_tokens: 10000001"),
     "fractional answers": MINIMAL.replace("model: m", "model: m, max_output_tokens: 1.5"),
