@@ -97,12 +97,13 @@ class ResourceBuilder:
         return built
 
     def _routes(self, policy: Policy, models: Mapping[ModelName, Policy]) -> dict[str, bytes]:
+        silent = not all(backend.reports_usage for backend in policy.backends)
         built = {
             names.ROUTE_CONFIG_BACKENDS: self._encoded(
                 ("backend routes", policy.backends), lambda: backend_routes.backend_routes(policy, self._settings)
             ),
             names.model_routes(names.SCOPE_UNROUTED): self._encoded(
-                "unrouted routes", lambda: routes.unrouted_routes(self._settings)
+                ("unrouted routes", silent), lambda: routes.unrouted_routes(self._settings, silent=silent)
             ),
         }
         for model, part in models.items():

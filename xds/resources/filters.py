@@ -53,6 +53,7 @@ from envoy_data_plane.envoy.type.v3 import HttpStatus, StatusCode
 from envoy_data_plane.google.protobuf import Any
 
 from gateway import names
+from gateway.answer_usage import USAGE_PATHS
 from gateway.errors import REFUSALS, Reason
 from xds.resources.encode import extension, header, http_filter, seconds
 from xds.resources.local_replies import backend_errors, error_body
@@ -62,23 +63,6 @@ LUA = "envoy.filters.http.lua"
 CUSTOM_RESPONSE = "envoy.filters.http.custom_response"
 ROUTER = "envoy.filters.http.router"
 MAX_EVENT_BYTES = 1024 * 1024
-
-# Where token counts stand in a JSON answer or an SSE event, and the metadata key they go to.
-_USAGE: tuple[tuple[tuple[str, ...], str], ...] = (
-    (("usage", "prompt_tokens"), "tokens_input"),
-    (("usage", "completion_tokens"), "tokens_output"),
-    (("usage", "prompt_tokens_details", "cached_tokens"), "tokens_input_cached"),
-    (("usage", "completion_tokens_details", "reasoning_tokens"), "tokens_output_reasoning"),
-    (("usage", "input_tokens"), "tokens_input"),
-    (("usage", "output_tokens"), "tokens_output"),
-    (("usage", "input_tokens_details", "cached_tokens"), "tokens_input_cached"),
-    (("usage", "output_tokens_details", "reasoning_tokens"), "tokens_output_reasoning"),
-    (("tokens_used",), "tokens_output"),
-    (("response", "usage", "input_tokens"), "tokens_input"),
-    (("response", "usage", "output_tokens"), "tokens_output"),
-    (("response", "usage", "input_tokens_details", "cached_tokens"), "tokens_input_cached"),
-    (("response", "usage", "output_tokens_details", "reasoning_tokens"), "tokens_output_reasoning"),
-)
 
 
 @cache
@@ -90,6 +74,8 @@ def script(name: str) -> str:
         "@NAMESPACE@": names.METADATA_NAMESPACE,
         "@STREAM@": names.METADATA_STREAM,
         "@STRIP_USAGE@": names.METADATA_STRIP_USAGE,
+        "@USAGE_NAMESPACE@": names.USAGE_NAMESPACE,
+        "@EVENTS@": names.METADATA_EVENTS,
         "@MODEL_SPAN@": names.HEADER_MODEL_SPAN,
         "@ERROR_EVENT@": f"data: {error}\\n\\n".replace("'", "\\'"),
     }.items():
@@ -119,6 +105,8 @@ def early_header_mutation() -> TypedExtensionConfig:
 
 def ext_proc() -> HttpFilter:
     """Two messages a request: headers, then the whole body. Fails closed.
+
+    Of answers a route may have it see the headers, on which it says whether it is to see the body too.
 
     Envoy docs: "External Processing".
     """
@@ -151,10 +139,11 @@ def ext_proc() -> HttpFilter:
             message_timeout=seconds(5),
             status_on_error=HttpStatus(code=StatusCode(REFUSALS[Reason.SERVICE_DOWN].status)),
             failure_mode_allow=False,
+            allow_mode_override=True,
             mutation_rules=HeaderMutationRules(allow_all_routing=True),
             metadata_options=MetadataOptions(
                 receiving_namespaces=MetadataOptionsMetadataNamespaces(
-                    untyped=[names.METADATA_NAMESPACE, names.LIMITS_NAMESPACE]
+                    untyped=[names.METADATA_NAMESPACE, names.LIMITS_NAMESPACE, names.COUNTED_NAMESPACE]
                 )
             ),
             forward_rules=HeaderForwardingRules(
@@ -178,7 +167,7 @@ def _usage_rule(path: tuple[str, ...], key: str) -> JsonToMetadataRule:
 
 def usage_of_streams() -> HttpFilter:
     """Token counts out of SSE events into dynamic metadata; the last event that has them wins."""
-    rules = [JsonContentParserRuleConfig(rule=_usage_rule(path, key)) for path, key in _USAGE]
+    rules = [JsonContentParserRuleConfig(rule=_usage_rule(path, key)) for path, key in USAGE_PATHS]
     return http_filter(
         "envoy.filters.http.sse_to_metadata",
         SseToMetadata(
@@ -196,7 +185,7 @@ def usage_of_json() -> HttpFilter:
         "envoy.filters.http.json_to_metadata",
         JsonToMetadata(
             response_rules=JsonToMetadataMatchRules(
-                rules=[_usage_rule(path, key) for path, key in _USAGE],
+                rules=[_usage_rule(path, key) for path, key in USAGE_PATHS],
                 allow_content_types_regex=RegexMatcher(regex="(?i)application/json.*"),
             )
         ),

@@ -217,11 +217,16 @@ def _answers_seen(body: ProcessingModeBodySendMode) -> dict[str, Any]:
     return {EXT_PROC: Any.pack(ExtProcPerRoute(overrides=ExtProcOverrides(processing_mode=mode)))}
 
 
-def unrouted_routes(settings: XdsSettings) -> RouteConfiguration:
-    """Routes before ext_proc has chosen a model: which paths exist, and how ext_proc handles each."""
+def unrouted_routes(settings: XdsSettings, *, silent: bool) -> RouteConfiguration:
+    """Routes before ext_proc has chosen a model: which paths exist, and how ext_proc handles each.
+
+    ``silent``: some backend reports no usage. Which one answers is known when it does, so ext_proc is told of all.
+    """
     translated = _answers_seen(ProcessingModeBodySendMode.BUFFERED)
     # An answer that may be asked for again is kept while it passes, part by part.
     kept = _answers_seen(ProcessingModeBodySendMode.STREAMED)
+    # Their headers tell ext_proc which backend has answered; it asks for the body where it has to count.
+    plain = _answers_seen(ProcessingModeBodySendMode.NONE) if silent else {}
     with_key = HeaderMatcher(name=names.HEADER_IDEMPOTENCY_KEY, present_match=True)
     nothing = {EXT_PROC: Any.pack(ExtProcPerRoute(disabled=True))}
     # A cluster route, because only with one does Envoy honour request_body_buffer_limit.
@@ -239,7 +244,7 @@ def unrouted_routes(settings: XdsSettings) -> RouteConfiguration:
         Route(
             match=RouteMatch(path=endpoint.path, headers=[_exactly(":method", endpoint.method)]),
             route=undecided,
-            typed_per_filter_config=translated if endpoint.path == INFERENCE_PATH else {},
+            typed_per_filter_config=translated if endpoint.path == INFERENCE_PATH else plain,
         )
         for endpoint in POST_ENDPOINTS
     ]

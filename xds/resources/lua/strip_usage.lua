@@ -1,11 +1,24 @@
 -- Drops the usage event that ext_proc asked the backend for on the client's behalf, and ends a stream
 -- that stopped without [DONE] with an error event, because a client takes a silent end for success.
 -- Events pass as they come; only bytes after the last complete event are held until it is complete.
+-- How many events with text have passed is told to the access log: a client that leaves leaves no usage.
 
 local ERROR_EVENT = '@ERROR_EVENT@'
+-- Members whose text a model has made. Quotes within a text are escaped, so these cannot stand in one.
+local TEXTS = {
+  '"content"%s*:%s*"[^"]', '"text"%s*:%s*"[^"]', '"arguments"%s*:%s*"[^"]',
+  '"reasoning_content"%s*:%s*"[^"]', '"reasoning"%s*:%s*"[^"]', '"refusal"%s*:%s*"[^"]',
+}
 
 local function is_injected_usage(event)
   return event:find('"choices"%s*:%s*%[%s*%]') ~= nil and event:find('"usage"%s*:%s*{') ~= nil
+end
+
+local function has_text(event)
+  for _, text in ipairs(TEXTS) do
+    if event:find(text) ~= nil then return true end
+  end
+  return false
 end
 
 function envoy_on_response(handle)
@@ -16,7 +29,7 @@ function envoy_on_response(handle)
   if headers:get(":status") ~= "200" or not content_type:find("text/event-stream", 1, true) then return end
   local strip = router["@STRIP_USAGE@"]
 
-  local held, done = "", false
+  local held, done, told, events = "", false, 0, 0
   for chunk in handle:bodyChunks() do
     local size = chunk:length()
     if size == 0 then
@@ -30,11 +43,19 @@ function envoy_on_response(handle)
         if stop == nil then break end
         local event = bytes:sub(from, stop)
         if event:find("^data:%s*%[DONE%]") then done = true end
-        if not (strip and is_injected_usage(event)) then out[#out + 1] = event end
+        if not (strip and is_injected_usage(event)) then
+          out[#out + 1] = event
+          if has_text(event) then events = events + 1 end
+        end
         from = stop + 1
       end
       held = bytes:sub(from)
       chunk:setBytes(table.concat(out))
+      if events > told then
+        -- Asked for anew: wrappers do not outlive the wait for a chunk.
+        handle:streamInfo():dynamicMetadata():set("@USAGE_NAMESPACE@", "@EVENTS@", events)
+        told = events
+      end
     end
   end
 end
