@@ -52,13 +52,20 @@ Event = RequestHeaders | RequestBody | ResponseHeaders | ResponseBody
 
 Metadata = tuple[tuple[str, str | bool], ...]
 """Dynamic metadata of the exchange, which the access log has too."""
+Counts = tuple[tuple[str, str], ...]
+"""The same, of an answer whose tokens have been counted here."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Continue:
-    """Go on with what was said, unchanged."""
+    """Go on with what was said, unchanged.
+
+    ``counted`` are the tokens of the answer so far. ``body_wanted``, on an answer's headers: its body is to pass here.
+    """
 
     metadata: Metadata = ()
+    counted: Counts = ()
+    body_wanted: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -80,6 +87,7 @@ class Rewrite:
 
     body: bytes
     status: int | None = None
+    counted: Counts = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

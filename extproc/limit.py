@@ -10,8 +10,9 @@ import asyncio
 import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Final, Protocol
+from typing import Final, NamedTuple, Protocol
 
+from extproc.access_log import of_limits
 from extproc.budget_service import BudgetAnswer
 from extproc.edit import Edit
 from extproc.keys.record import Caller
@@ -24,6 +25,7 @@ from extproc.validate import Ask
 from gateway import names
 from gateway.endpoints import Endpoint
 from gateway.errors import Reason, Refused, StoreUnavailable
+from limits.about import About
 from limits.model import BUDGET_PERIODS, Admission, Claim, Demand, Denied, LimitKind, StoredAnswer, charge_to
 from limits.store import LimitStore
 from policies.limits import ASSUMED_OUTPUT_TOKENS, CallerLimits
@@ -88,18 +90,29 @@ class Limiter:
     budgets: BudgetService | None = None
 
 
+class Call(NamedTuple):
+    """How a request came: ``trace`` is ``<trace id>-<span id>``, or '' where it is not traced."""
+
+    request_id: str
+    endpoint: Endpoint
+    claim: Claim | None = None
+    trace: str = ""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Grant:
     """What a request may use.
 
     ``edits`` tell the backend the most that each answer may have, where that is less than what the client said.
     ``metadata`` and ``figures`` are for the access log. ``claim`` is held until the answer is kept or the key let go.
+    ``tokens_input`` None: nobody has counted.
     """
 
     edits: tuple[Edit, ...] = ()
     metadata: tuple[tuple[str, str], ...] = ()
     figures: Headers = ()
     claim: Claim | None = None
+    tokens_input: int | None = None
 
 
 def claim_of(endpoint: Endpoint, ask: Ask, body: bytes, idempotency_key: str | None) -> Claim | None:
@@ -128,8 +141,7 @@ async def limit(
     choice: Choice,
     table: PolicyTable,
     *,
-    request_id: str,
-    claim: Claim | None,
+    call: Call,
 ) -> Grant | StoredAnswer:
     """Count a request in every limit that holds for its caller; or the answer kept for its idempotency key.
 
@@ -140,14 +152,15 @@ async def limit(
     limits = table.limits.for_caller(caller.organization_id, caller.key_id, parallel=limiter.ledger_is_here())
     if limiter.budgets is not None:
         await _ask_budget_service(limiter.budgets, caller, limits)
-    if limiter.store is None:
-        return Grant()
     costs = table.costs(caller.organization_id, ask.model, choice.variant)
+    if limiter.store is None:
+        return Grant(metadata=((names.METADATA_PRICES, costs.written),))
     asked = output_asked(
         ask.kind, ask.document.members, model_max=costs.max_output_tokens, assumed=ASSUMED_OUTPUT_TOKENS
     )
     tokens_input = await limiter.tokens.count_input(ask)
-    demand = _demand(caller, ask, costs, asked, tokens_input, request_id=request_id, claim=claim)
+    about = _about(ask, call, table, costs)
+    demand = _demand(caller, call, about, costs=costs, asked=asked, tokens_input=tokens_input)
     try:
         admission = await _admit(limiter, limiter.store, demand, limits)
     except StoreUnavailable as error:
@@ -158,16 +171,27 @@ async def limit(
         return admitted
     has_budgets = any(figure.kind in BUDGET_PERIODS for figure in admitted.figures)
     grant = _grant(limits, costs, ask, asked, demand, granted=admitted.tokens_output, bound=has_budgets)
-    return replace(grant, figures=grant.figures + rate_headers(admitted.figures), claim=claim)
+    figures = (*grant.figures, *rate_headers(admitted.figures), *of_limits(admitted.figures))
+    return replace(grant, figures=figures, claim=call.claim)
 
 
-def _demand(
-    caller: Caller, ask: Ask, costs: Costs, asked: Output, tokens_input: int, *, request_id: str, claim: Claim | None
-) -> Demand:
+def _about(ask: Ask, call: Call, table: PolicyTable, costs: Costs) -> str:
+    """What a usage record needs if nobody tells of the request's end."""
+    return About(
+        model=ask.model,
+        endpoint=call.endpoint.kind.value,
+        policy=table.digest,
+        prices=costs.written,
+        client_request_id=ask.inference.request_id if ask.inference is not None else "",
+        trace=call.trace,
+    ).written()
+
+
+def _demand(caller: Caller, call: Call, about: str, *, costs: Costs, asked: Output, tokens_input: int) -> Demand:
     input_cost = tokens_input * costs.dearest.input_micro_usd_per_1k
     output_cost = asked.total * costs.dearest.output_micro_usd_per_1k
     return Demand(
-        request_id=request_id,
+        request_id=call.request_id,
         organization_id=caller.organization_id,
         key_id=caller.key_id,
         tokens_input=tokens_input,
@@ -176,8 +200,8 @@ def _demand(
         input_cost=input_cost,
         output_price=costs.dearest.output_micro_usd_per_1k,
         choices=asked.choices,
-        claim=claim,
-        about=ask.model,
+        claim=call.claim,
+        about=about,
     )
 
 
@@ -193,6 +217,7 @@ def _grant(
             (names.METADATA_TOKENS_INPUT, str(demand.tokens_input)),
             (names.METADATA_TOKENS_OUTPUT, str(granted)),
         ),
+        tokens_input=demand.tokens_input,
     )
 
 

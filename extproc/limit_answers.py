@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from datetime import UTC, datetime
-from typing import Final, Literal
+from typing import Any, Final, Literal
 
 from extproc.budget_service import BudgetAnswer
 from gateway import names
@@ -55,6 +55,14 @@ Headers = tuple[tuple[str, str], ...]
 _LIMIT_REQUESTS, _REMAINING_REQUESTS, _RESET_REQUESTS, _LIMIT_TOKENS, _REMAINING_TOKENS, _RESET_TOKENS = (
     names.RATE_LIMIT_HEADERS
 )
+
+
+class LimitRefused(Refused):
+    """Refused by a limit; ``figures`` are of every limit that was consulted."""
+
+    def __init__(self, reason: Reason, text: str, *, denied: Denied, limit: LimitContext, **said: Any) -> None:
+        super().__init__(reason, text, limit=limit, headers=rate_headers(denied.figures), **said)
+        self.figures = denied.figures
 
 
 def duration(ms: int) -> str:
@@ -119,7 +127,7 @@ def _usd(amount: float) -> str:
     return f"${amount:,.6f}".rstrip("0").rstrip(".")
 
 
-def refused_by(denied: Denied) -> Refused:
+def refused_by(denied: Denied) -> LimitRefused:
     """The refusal of a request that a limit denies."""
     figure = denied.denier
     context = context_of(figure, at_ms=denied.at_ms)
@@ -136,7 +144,7 @@ def refused_by(denied: Denied) -> Refused:
             f"The {whose} {context.period.lower()} budget is {amounts}; this request may need more. "
             f"It begins anew at {context.reset_at}."
         )
-        return Refused(reason, text, limit=context, headers=rate_headers(denied.figures))
+        return LimitRefused(reason, text, denied=denied, limit=context)
     assert denied.wait_ms is not None  # noqa: S101 - only budgets cannot be waited for
     if figure.kind is LimitKind.PARALLEL:
         text = f"The {whose} limit of {figure.limit:,} requests at once is reached; try again when one of them ends."
@@ -144,8 +152,7 @@ def refused_by(denied: Denied) -> Refused:
         unit, window = context.unit, "burst" if figure.kind is LimitKind.REQUESTS else "minute"
         wait = duration(denied.wait_ms)
         text = f"The {whose} limit of {figure.limit:,} {unit} a {window} is reached; try again in {wait}."
-    headers = rate_headers(denied.figures)
-    return Refused(reason, text, limit=context, retry_after_ms=denied.wait_ms, headers=headers)
+    return LimitRefused(reason, text, denied=denied, limit=context, retry_after_ms=denied.wait_ms)
 
 
 def refused_for(claimed: Claimed) -> Refused:

@@ -9,8 +9,10 @@ from __future__ import annotations
 import secrets
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from typing import Final, Protocol
+from typing import Final, NamedTuple, Protocol
 
+from extproc import access_log
+from extproc.answering import Answering, Sent
 from extproc.audit import AUDITED, denial, told
 from extproc.authenticate import authenticate, presented_key, require_scope, verify_signature
 from extproc.exchange import (
@@ -24,27 +26,26 @@ from extproc.exchange import (
     RequestHeaders,
     ResponseBody,
     ResponseHeaders,
-    Rewrite,
     advance,
 )
 from extproc.keys.record import Caller
 from extproc.keys.store import KeyStore
-from extproc.limit import Limiter, claim_of, limit
+from extproc.limit import Call, Grant, Limiter, claim_of, limit
+from extproc.limit_answers import LimitRefused
 from extproc.policy import PolicyTable
 from extproc.recording import Recording
 from extproc.replies import model_list, refusal, repetition
-from extproc.route import choose, route
-from extproc.translate import Trace, answer
-from extproc.validate import Ask, Inference, validate
+from extproc.route import Choice, choose, route, tells_usage
+from extproc.translate import Trace
+from extproc.validate import Ask, validate
 from gateway import names
 from gateway.audit import AuditTrail
 from gateway.endpoints import MODELS_PATH, POST_ENDPOINTS, Endpoint, Kind
 from gateway.errors import Reason, Refused, StoreUnavailable
 from gateway.telemetry import Logger
-from limits.model import StoredAnswer
+from limits.model import Figure, StoredAnswer
 
 _POSTS: Final[Mapping[str, Endpoint]] = {endpoint.path: endpoint for endpoint in POST_ENDPOINTS}
-_CLOSED: Final = (names.METADATA_CLOSED, True)
 _MODELS: Final = Endpoint(kind=Kind.MODELS, method="GET", path=MODELS_PATH, openai=True)
 
 
@@ -71,31 +72,31 @@ class Deciders:
     kept_answer_max_bytes: int
 
 
+class Head(NamedTuple):
+    """What the headers tell; ``started_s`` is unix seconds."""
+
+    headers: Mapping[str, str]
+    endpoint: Endpoint
+    started_s: float
+
+
+_NO_HEAD: Final = Head(headers={}, endpoint=_MODELS, started_s=0.0)
+
+
 class Decision:
     """One request on its way through the pipeline."""
 
-    __slots__ = (
-        "_ask",
-        "_caller",
-        "_deciders",
-        "_endpoint",
-        "_head",
-        "_phase",
-        "_recording",
-        "_started_s",
-        "_trace",
-    )
+    __slots__ = ("_answering", "_ask", "_caller", "_deciders", "_head", "_phase", "_table", "_traceparent")
 
     def __init__(self, deciders: Deciders, traceparent: str | None) -> None:
         self._deciders = deciders
-        self._trace = traceparent
+        self._table = deciders.policy()
+        self._traceparent = traceparent
         self._phase = Phase.REQUEST_HEADERS
-        self._head: Mapping[str, str] = {}
-        self._recording: Recording | None = None
-        self._endpoint = _MODELS
+        self._head = _NO_HEAD
         self._caller: Caller | None = None
         self._ask: Ask | None = None
-        self._started_s = 0.0
+        self._answering: Answering | None = None
 
     async def on_event(self, event: Event) -> Command:
         """The command for an event. Never raises but for events out of phase and cancellation."""
@@ -107,41 +108,41 @@ class Decision:
                 case RequestBody():
                     return await self._on_request_body(event)
                 case ResponseHeaders():
-                    return await self._on_response_headers(event)
+                    return await self._answering.on_headers(event) if self._answering else Continue()
                 case ResponseBody():
-                    return await self._on_response_body(event)
+                    return await self._answering.on_body(event) if self._answering else Continue()
         except Refused as refused:
             return self._refuse(refused)
         except Exception:  # noqa: BLE001 - the last line of defence: our bug, told to nobody but the log
             return self._fail()
 
     async def _on_request_headers(self, event: RequestHeaders) -> Command:
-        self._head, self._started_s = event.headers, self._deciders.clock_s()
         path = event.headers.get(":path", "").partition("?")[0]
-        self._endpoint = _POSTS.get(path, _MODELS)
+        head = self._head = Head(event.headers, _POSTS.get(path, _MODELS), self._deciders.clock_s())
         key = presented_key(event.headers.get(names.HEADER_AUTHORIZATION), event.headers.get(names.HEADER_API_KEY))
-        self._caller = await authenticate(key, self._deciders.keys, self._started_s)
-        if self._endpoint is _MODELS:
+        self._caller = await authenticate(key, self._deciders.keys, head.started_s)
+        if head.endpoint is _MODELS:
             if not path.startswith(MODELS_PATH):  # CONNECT has no path, and no route of Envoy's turns it away
                 raise Refused(Reason.PATH_UNKNOWN)
             require_scope(self._caller, "models")
             return self._models(path, self._caller)
         require_scope(self._caller, "inference")
         self._check_body_to_come(event)
-        return Continue(metadata=self._whose())
+        return Continue(metadata=self._asked())
 
-    def _whose(self) -> Metadata:
-        """Who is calling, for the access log."""
-        caller = self._caller
-        if caller is None:
-            return ()
-        return ((names.METADATA_ORGANIZATION, caller.organization_id), (names.METADATA_KEY, caller.key_id))
+    def _asked(self) -> Metadata:
+        return access_log.asked(self._caller, self._head.endpoint, self._table.digest)
+
+    def _replied(self, reply: Reply, reason: str, *, closed: bool, figures: tuple[Figure, ...] = ()) -> Reply:
+        """The reply with what the access log is told of it."""
+        said = access_log.replied(reason, self._ask, closed=closed)
+        limits = (*access_log.of_request(self._ask, self._trace()), *access_log.of_limits(figures))
+        return replace(reply, metadata=(*self._asked(), *said), limits=limits)
 
     def _models(self, path: str, caller: Caller) -> Reply:
-        table = self._deciders.policy()
-        reply = model_list(path.removeprefix(MODELS_PATH).strip("/"), caller, table)
+        reply = model_list(path.removeprefix(MODELS_PATH).strip("/"), caller, self._table)
         self._deciders.outcomes.decided(_MODELS.kind.value, "answered")
-        return replace(reply, metadata=(*self._whose(), _CLOSED))
+        return self._replied(reply, names.REASON_LISTED, closed=True)
 
     def _check_body_to_come(self, event: RequestHeaders) -> None:
         """Refuse by the headers what would be refused by the body, before it is buffered."""
@@ -160,10 +161,10 @@ class Decision:
             raise Refused(Reason.MALFORMED_BODY, "The body is empty; send a JSON object.")
 
     async def _on_request_body(self, event: RequestBody) -> Command:
-        deciders, caller, table = self._deciders, self._caller, self._deciders.policy()
+        deciders, caller, table, endpoint = self._deciders, self._caller, self._table, self._head.endpoint
         assert caller is not None  # noqa: S101 - the phases see to it
         ask = validate(
-            self._endpoint,
+            endpoint,
             event.body,
             body_max_bytes=deciders.body_max_bytes,
             payload_max_bytes=deciders.payload_max_bytes,
@@ -171,99 +172,86 @@ class Decision:
         self._ask = ask
         self._verify(caller, ask, event.body)
         choice = choose(caller, ask, table.index, table.silent)
-        claim = claim_of(self._endpoint, ask, event.body, self._head.get(names.HEADER_IDEMPOTENCY_KEY))
-        request_id = self._head.get(names.HEADER_REQUEST_ID, "")
-        grant = await limit(deciders.limiter, caller, ask, choice, table, request_id=request_id, claim=claim)
+        headers, trace = self._head.headers, self._trace()
+        claim = claim_of(endpoint, ask, event.body, headers.get(names.HEADER_IDEMPOTENCY_KEY))
+        call = Call(headers.get(names.HEADER_REQUEST_ID, ""), endpoint, claim, trace)
+        grant = await limit(deciders.limiter, caller, ask, choice, table, call=call)
         if isinstance(grant, StoredAnswer):
-            deciders.outcomes.decided(self._endpoint.kind.value, "repeated")
-            return replace(repetition(grant), metadata=(*self._whose(), _CLOSED))
-        deciders.outcomes.decided(self._endpoint.kind.value, "forwarded")
+            deciders.outcomes.decided(endpoint.kind.value, "repeated")
+            return self._replied(repetition(grant), names.REASON_REPEATED, closed=True)
+        deciders.outcomes.decided(endpoint.kind.value, "forwarded")
         forward = route(
-            caller, ask, choice, self._endpoint, grant.edits, metadata=grant.metadata, figures=grant.figures
+            caller,
+            ask,
+            choice,
+            endpoint,
+            grant.edits,
+            metadata=(*self._asked(), *grant.metadata),
+            figures=grant.figures + access_log.of_request(ask, trace),
         )
-        if ask.inference is not None or grant.claim is not None:
-            self._recording = Recording(
-                claim=grant.claim,
-                store=deciders.limiter.store,
-                organization_id=caller.organization_id,
-                request_id=request_id,
-                max_bytes=deciders.kept_answer_max_bytes,
-                kind=ask.kind,
-                without_usage=(names.METADATA_STRIP_USAGE, True) in forward.metadata,
-            )
+        if ask.inference is not None or grant.claim is not None or not choice.reports_usage:
+            without_usage = (names.METADATA_STRIP_USAGE, True) in forward.metadata
+            self._answering = self._expected(caller, ask, choice, grant, without_usage=without_usage)
         return forward
 
+    def _expected(self, caller: Caller, ask: Ask, choice: Choice, grant: Grant, *, without_usage: bool) -> Answering:
+        """What is to be done with the answer; ``without_usage``: its usage is for the router alone."""
+        deciders, table = self._deciders, self._table
+        recording = Recording(
+            claim=grant.claim,
+            store=deciders.limiter.store,
+            organization_id=caller.organization_id,
+            request_id=self._head.headers.get(names.HEADER_REQUEST_ID, ""),
+            max_bytes=deciders.kept_answer_max_bytes,
+            kind=ask.kind,
+            without_usage=without_usage,
+        )
+        sent = Sent(
+            ask=ask,
+            costs=table.costs(caller.organization_id, ask.model, choice.variant),
+            silent=table.silent,
+            tells_usage=tells_usage(ask, choice),
+            tokens_input=grant.tokens_input,
+            started_s=self._head.started_s,
+            trace=self._ids(),
+        )
+        return Answering(sent, recording, tokens=deciders.limiter.tokens, clock_s=deciders.clock_s, log=deciders.log)
+
     def _verify(self, caller: Caller, ask: Ask, body: bytes) -> None:
-        over_body = self._head.get(names.HEADER_SIGNATURE)
+        over_body = self._head.headers.get(names.HEADER_SIGNATURE)
         if over_body is None and ask.inference is not None:
             verify_signature(caller, ask.inference.signature_hex, ask.inference.payload.encode())
         else:
             verify_signature(caller, over_body, body)
 
-    async def _on_response_headers(self, event: ResponseHeaders) -> Command:
-        if self._recording is None:
-            return Continue()
-        self._recording.headers = event.headers
-        if not event.ends:
-            return Continue()
-        command = await self._on_response_body(ResponseBody(body=b""))
-        if not isinstance(command, Rewrite):
-            return command
-        # There is no body whose replacement could carry the answer: it has to be a reply of ours.
-        return Reply(status=command.status or self._status(), body=command.body)
-
-    async def _on_response_body(self, event: ResponseBody) -> Command:
-        recording, ask = self._recording, self._ask
-        if recording is None or ask is None:
-            return Continue()
-        command: Command = Continue()
-        body, status = event.body, self._status()
-        if ask.inference is not None:
-            command = self._answer(ask.inference, body, recording.headers)
-            body, status = command.body, command.status or status
-        recording.add(body)
-        if event.ends:
-            await recording.keep(status=status, log=self._deciders.log)
-        return command
-
-    def _status(self) -> int:
-        headers = self._recording.headers if self._recording else {}
-        return int(headers.get(":status", "502"))
-
-    def _answer(self, inference: Inference, body: bytes, headers: Mapping[str, str]) -> Rewrite:
-        backend = headers.get(names.HEADER_ROUTING_BACKEND, "")
-        return answer(
-            status=self._status(),
-            body=body,
-            request_id=inference.request_id,
-            latency_ms=round((self._deciders.clock_s() - self._started_s) * 1000),
-            price=self._deciders.policy().prices.get(backend),
-            trace=self._ids(),
-        )
-
     @property
     def waited_for(self) -> bool:
         """Whether somebody may wait for this answer by its idempotency key."""
-        return self._recording is not None and self._recording.holds_claim
+        return self._answering is not None and self._answering.waited_for
 
     async def end(self) -> None:
         """The exchange is over before its answer was complete: the next request with its key is the first again."""
-        if self._recording is not None:
-            await self._recording.let_go(self._deciders.log)
+        if self._answering is not None:
+            await self._answering.end()
+
+    def _trace(self) -> str:
+        """``<trace id>-<span id>``; '' where nothing is traced."""
+        parts = (self._traceparent or "").split("-")
+        return f"{parts[1]}-{parts[2]}" if len(parts) == 4 else ""  # noqa: PLR2004 - version, trace id, parent id, flags
 
     def _ids(self) -> Trace:
         """W3C ids of the request's trace, or ids made of the request id where nothing is traced."""
-        request_id = self._head.get(names.HEADER_REQUEST_ID, "")
-        parts = (self._trace or "").split("-")
-        if len(parts) == 4:  # noqa: PLR2004 - version, trace id, parent id, flags
-            return Trace(trace_id=parts[1], span_id=parts[2])
+        trace_id, _, span_id = self._trace().partition("-")
+        if trace_id:
+            return Trace(trace_id=trace_id, span_id=span_id)
+        request_id = self._head.headers.get(names.HEADER_REQUEST_ID, "")
         return Trace(trace_id=request_id, span_id=request_id.replace("-", "")[16:])
 
     def _refuse(self, refused: Refused) -> Reply:
-        self._deciders.outcomes.decided(self._endpoint.kind.value, refused.reason.value)
-        ids, caller = self._ids(), self._caller
-        request_id = self._head.get(names.HEADER_REQUEST_ID, "")
-        said = told(refused, self._endpoint, model=self._ask.model if self._ask else None, trace_id=ids.trace_id)
+        head, ids, caller = self._head, self._ids(), self._caller
+        self._deciders.outcomes.decided(head.endpoint.kind.value, refused.reason.value)
+        request_id = head.headers.get(names.HEADER_REQUEST_ID, "")
+        said = told(refused, head.endpoint, model=self._ask.model if self._ask else None, trace_id=ids.trace_id)
         # Where the store did not answer, an entry may be open all the same, and the ledger has to see to it.
         outage = refused.__cause__ if isinstance(refused.__cause__, StoreUnavailable) else None
         self._deciders.log.info(
@@ -276,17 +264,20 @@ class Decision:
         if refused.refusal.status in AUDITED:
             event = denial(caller, said, request_id=request_id, now_s=self._deciders.clock_s())
             self._deciders.audit.record(event)
-        reply = refusal(refused, openai=self._endpoint.openai, trace_id=ids.trace_id)
-        return replace(reply, metadata=self._whose() if outage else (*self._whose(), _CLOSED))
+        reply = refusal(refused, openai=head.endpoint.openai, trace_id=ids.trace_id)
+        figures = refused.figures if isinstance(refused, LimitRefused) else ()
+        return self._replied(reply, refused.refusal.code, closed=outage is None, figures=figures)
 
     def _fail(self) -> Reply:
-        error_id, ids = secrets.token_hex(8), self._ids()
-        self._deciders.outcomes.decided(self._endpoint.kind.value, Reason.BUG.value)
+        error_id, ids, head = secrets.token_hex(8), self._ids(), self._head
+        self._deciders.outcomes.decided(head.endpoint.kind.value, Reason.BUG.value)
         self._deciders.log.exception(
             "request_failed",
             error_id=error_id,
-            request_id=self._head.get(names.HEADER_REQUEST_ID),
+            request_id=head.headers.get(names.HEADER_REQUEST_ID),
             trace_id=ids.trace_id,
         )
         refused = Refused(Reason.BUG, f"The router failed; its log has error id {error_id}.")
-        return refusal(refused, openai=self._endpoint.openai, trace_id=ids.trace_id)
+        reply = refusal(refused, openai=head.endpoint.openai, trace_id=ids.trace_id)
+        # The store may have been asked before: whether an entry is open is for the ledger to find out.
+        return self._replied(reply, refused.refusal.code, closed=False)

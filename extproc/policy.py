@@ -22,11 +22,12 @@ COSTS_MAX: Final = 10_000
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Costs:
-    """What a model's answers may cost: ``dearest`` of the candidates' prices, and all of them in a line for the ledger.
+    """What a model's answers may cost: ``prices`` of the candidates, ``dearest`` of each, all in a line for the ledger.
 
     ``max_output_tokens`` None: the policy does not say.
     """
 
+    prices: Mapping[str, Price]
     dearest: Price
     written: str
     max_output_tokens: int | None
@@ -34,13 +35,17 @@ class Costs:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PolicyTable:
-    """What decisions look up. ``silent`` backends report no usage; ``loaded_at`` is unix seconds."""
+    """What decisions look up. ``silent`` backends report no usage; ``loaded_at`` is unix seconds.
+
+    ``digest`` is the policy's.
+    """
 
     index: PolicyIndex
     limits: LimitIndex
     prices: Mapping[str, Price]
     silent: frozenset[BackendId]
     loaded_at: int
+    digest: str = ""
     _costs: dict[tuple[OrganizationId, ModelName, frozenset[BackendId] | None], Costs] = field(default_factory=dict)
 
     def costs(self, organization_id: OrganizationId, model: ModelName, variant: frozenset[BackendId] | None) -> Costs:
@@ -59,9 +64,11 @@ class PolicyTable:
         resolved = self.index.lookup(organization_id, model)
         backends = [w.backend_id for w in resolved.entry.backends] if resolved is not None else []
         among = [backend for backend in backends if variant is None or backend in variant]
+        prices: dict[str, Price] = {backend: self.prices.get(backend, FREE) for backend in among}
         return Costs(
-            dearest=dearest(self.prices.get(backend) for backend in among),
-            written=written({backend: self.prices.get(backend, FREE) for backend in among}),
+            prices=prices,
+            dearest=dearest(prices.values()),
+            written=written(prices),
             max_output_tokens=self.index.max_output_tokens(organization_id, model),
         )
 
@@ -74,6 +81,7 @@ def table_of(policy: Policy, *, now_s: float) -> PolicyTable:
         prices={backend.id: backend.price for backend in policy.backends if backend.price is not None},
         silent=frozenset(backend.id for backend in policy.backends if not backend.reports_usage),
         loaded_at=int(now_s),
+        digest=policy.digest,
     )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Final
 
 from extproc.edit import Edit, edited, in_order, place_after, setting
 from extproc.exchange import Forward
@@ -16,6 +17,9 @@ from gateway.endpoints import Endpoint, Kind
 from gateway.errors import Reason, Refused
 from policies.candidates import PolicyIndex
 from policies.model import BackendId
+
+_WATCHED: Final = (Kind.CHAT, Kind.COMPLETION)
+"""Streams of these end with [DONE]; the Lua filter watches over that and takes out the usage that is asked for here."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -45,6 +49,13 @@ def choose(caller: Caller, ask: Ask, index: PolicyIndex, silent: frozenset[Backe
         raise Refused(Reason.BACKENDS_KILLED)
     reports = not silent or silent.isdisjoint(weighted.backend_id for weighted in resolved.entry.backends)
     return Choice(variant=variant, reports_usage=reports)
+
+
+def tells_usage(ask: Ask, choice: Choice) -> bool:
+    """Whether a backend that can report usage does so in its answer: in most streams only where it is asked to."""
+    options = ask.document.members.get("stream_options")
+    asked = bool(options and options.get("include_usage"))
+    return choice.reports_usage or asked or not ask.stream or ask.kind not in _WATCHED
 
 
 def _ask_for_usage(document: Document) -> Edit | None:
@@ -80,8 +91,7 @@ def route(
     ``edits`` are of the ask's document, in any order; none of them touches ``model`` or ``stream_options``.
     ``metadata`` and ``figures`` go along: the second are metadata that no two requests share.
     """
-    # Streams of these two end with [DONE]; the Lua filter watches over that and takes out what is added here.
-    watched = ask.stream and endpoint.kind in (Kind.CHAT, Kind.COMPLETION)
+    watched = ask.stream and endpoint.kind in _WATCHED
     usage = _ask_for_usage(ask.document) if watched and choice.reports_usage else None
     edits = in_order(edits if usage is None else (*edits, usage))
     text = edited(ask.document.text, edits)
@@ -94,12 +104,7 @@ def route(
         headers.append((names.HEADER_VARIANT, names.variant(choice.variant)))
     if ask.path is not None:
         headers += [(":path", ask.path), (names.HEADER_ENDPOINT, endpoint.kind.value)]
-    said: list[tuple[str, str | bool]] = [
-        (names.METADATA_ORGANIZATION, caller.organization_id),
-        (names.METADATA_KEY, caller.key_id),
-        (names.METADATA_MODEL, ask.model),
-        *metadata,
-    ]
+    said: list[tuple[str, str | bool]] = [*metadata, (names.METADATA_MODEL, ask.model)]
     if watched:
         said += [(names.METADATA_STREAM, True), (names.METADATA_STRIP_USAGE, usage is not None)]
     return Forward(

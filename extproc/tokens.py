@@ -1,4 +1,4 @@
-"""How many tokens a request is going to use: its input as a tokenizer counts it, its output by the maximum it asks for.
+"""How many tokens a request uses: texts as a tokenizer counts them, an answer still to come by the maximum asked for.
 
 The tokenizer holds the interpreter's lock while it counts, so a thread would not help the event loop. Long texts are
 counted in portions with the loop in between: 8 MB take 0.2 to 0.5 s of a processor, a portion at worst some ms.
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, Final, Protocol
@@ -16,7 +16,7 @@ from typing import Any, Final, Protocol
 from rs_bpe import openai
 
 from extproc.edit import Edit, setting
-from extproc.model_input import Parts, model_input
+from extproc.model_input import model_input
 from extproc.validate import Ask
 from gateway.endpoints import Kind
 from policies.limits import OUTPUT_TOKENS_MAX
@@ -56,7 +56,7 @@ def vocabulary(model: str) -> Vocabulary:
 
 
 class TokenCounter:
-    """Counts the input of requests; one for each event loop."""
+    """Counts the input of requests and the output of answers; one for each event loop."""
 
     def __init__(self) -> None:
         self._turn = asyncio.Lock()
@@ -77,8 +77,15 @@ class TokenCounter:
         """As :meth:`count`; where the text is long others get their turn meanwhile, among them other long counts."""
         if len(ask.document.text) <= TURN_CHARS:
             return self.count(ask)
+        return await self._in_turns(_turns(vocabulary(ask.model), model_input(ask)))
+
+    async def count_output(self, model: str, texts: Sequence[str]) -> int:
+        """Tokens of what a model has answered; long answers as long input."""
+        turns = _turns(vocabulary(model), texts)
+        return sum(turns) if sum(map(len, texts)) <= TURN_CHARS else await self._in_turns(turns)
+
+    async def _in_turns(self, turns: Iterator[int]) -> int:
         total = 0
-        turns = _turns(vocabulary(ask.model), model_input(ask))
         while True:
             async with self._turn:
                 portion = next(turns, None)
@@ -88,7 +95,7 @@ class TokenCounter:
             total += portion
 
 
-def _turns(words: Vocabulary, parts: Parts) -> Iterator[int]:
+def _turns(words: Vocabulary, parts: Iterable[str | int]) -> Iterator[int]:
     """Tokens of the parts, in portions that take about as long each."""
     tokens = done_chars = 0
     for part in parts:

@@ -8,8 +8,9 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Final, NoReturn
+from typing import Any, Final, NoReturn, TypeGuard
 
+from extproc.answer_usage import Usage
 from extproc.exchange import Rewrite
 from extproc.json_body import written
 from gateway.errors import REFUSALS, Reason, router_body
@@ -35,39 +36,47 @@ class Trace:
     span_id: str
 
 
-def _count(usage: Mapping[str, Any], *names: str) -> int:
-    for name in names:
-        value = usage.get(name)
-        if isinstance(value, int) and not isinstance(value, bool) and value >= 0:
-            return value
-    return 0
-
-
 def _not_json(constant: str) -> NoReturn:
     raise ValueError(constant)
 
 
-def answer(*, status: int, body: bytes, request_id: str, latency_ms: int, price: Price | None, trace: Trace) -> Rewrite:
-    """The client's response to a backend's answer of any status."""
+def parsed(body: bytes) -> Any:
+    """A backend's body; None where it is no JSON."""
     try:
-        output = json.loads(body, parse_constant=_not_json) if body else None
+        return json.loads(body, parse_constant=_not_json) if body else None
     except (ValueError, RecursionError):
-        output = None
-    if status >= 400:  # noqa: PLR2004
-        return _failure(status, output, trace)
-    if not isinstance(output, dict):
+        return None
+
+
+def is_answer(status: int, output: Any) -> TypeGuard[dict[str, Any]]:
+    """Whether a backend has answered the request; else it failed, or refused it."""
+    return status < 400 and isinstance(output, dict)  # noqa: PLR2004
+
+
+def failure(status: int, output: Any, trace: Trace) -> Rewrite:
+    """The client's response to what is no answer."""
+    if status < 400:  # noqa: PLR2004
         return _failure(REFUSALS[Reason.BACKEND_ERROR].status, None, trace)
-    found = output.get("usage")
-    usage: Mapping[str, Any] = found if isinstance(found, dict) else {}
-    tokens_input = _count(usage, "prompt_tokens", "input_tokens")
-    tokens_output = _count(usage, "completion_tokens", "output_tokens") or _count(output, "tokens_used")
-    cost = cost_micro_usd(price, tokens_input=tokens_input, tokens_output=tokens_output)
+    return _failure(status, output, trace)
+
+
+def answer(
+    output: Mapping[str, Any], *, used: Usage, request_id: str, latency_ms: int, price: Price | None, trace: Trace
+) -> Rewrite:
+    """The client's response to a backend's answer, and what it costs."""
+    cost = cost_micro_usd(
+        price,
+        tokens_input=used.tokens_input,
+        tokens_output=used.tokens_output,
+        tokens_input_cached=used.tokens_input_cached,
+        tokens_output_reasoning=used.tokens_output_reasoning,
+    )
     response = {
         "request_id": request_id,
         "output": output,
         "usage": {
-            "tokens_input": tokens_input,
-            "tokens_output": tokens_output,
+            "tokens_input": used.tokens_input,
+            "tokens_output": used.tokens_output,
             "latency_ms": latency_ms,
             "cost_usd": cost / _MILLION,
             "limit_state": "WITHIN_LIMIT",

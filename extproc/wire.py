@@ -38,6 +38,19 @@ _CONTINUE: Final[dict[type[object], bytes]] = {
 }
 
 
+_STREAMED: Final = _Response(
+    mode_override={
+        "request_header_mode": "SEND",
+        "request_body_mode": "BUFFERED",
+        "response_header_mode": "SEND",
+        "response_body_mode": "STREAMED",
+        "request_trailer_mode": "SKIP",
+        "response_trailer_mode": "SKIP",
+    }
+).SerializeToString()
+"""Envoy honours it in answer to headers alone, and takes it for all that is to come of the exchange."""
+
+
 class WireError(Exception):
     """A message that is not a ProcessingRequest this server can be sent."""
 
@@ -120,7 +133,8 @@ def _encode_rewrite(command: Rewrite) -> bytes:
     if command.status is not None:
         headers.append((":status", str(command.status)))
     common = {"body_mutation": {"body": command.body}, "header_mutation": {"set_headers": _set(tuple(headers))}}
-    return bytes(_Response(response_body={"response": common}).SerializeToString())
+    response = bytes(_Response(response_body={"response": common}).SerializeToString())
+    return response + _metadata(names.COUNTED_NAMESPACE, command.counted)
 
 
 def _encode_reply(command: Reply) -> bytes:
@@ -143,7 +157,11 @@ def encode(command: Command, event: Event) -> bytes:
     match command:
         case Continue():
             said = _CONTINUE[type(event)]
-            return said + _caller_metadata(command.metadata) if command.metadata else said
+            if command.metadata:
+                said += _caller_metadata(command.metadata)
+            if command.counted:
+                said += _metadata(names.COUNTED_NAMESPACE, command.counted)
+            return said + _STREAMED if command.body_wanted else said
         case Forward():
             if command.body is None:
                 response = _encode_unchanged(command.headers, command.metadata)

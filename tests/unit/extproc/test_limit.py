@@ -12,13 +12,14 @@ import pytest
 from extproc.budget_service import BudgetAnswer
 from extproc.edit import edited, in_order
 from extproc.keys.record import Caller
-from extproc.limit import SLOT_TRIES_S, Grant, Limiter, Places, claim_of, limit
+from extproc.limit import SLOT_TRIES_S, Call, Grant, Limiter, Places, claim_of, limit
 from extproc.policy import PolicyTable
 from extproc.route import Choice
 from extproc.validate import Ask
 from gateway import names
 from gateway.endpoints import Kind
 from gateway.errors import Reason, Refused, StoreUnavailable
+from limits.about import About, read
 from limits.model import Admission, Admitted, Claimed, Demand, Denied, Figure, LimitKind, StoredAnswer
 from policies.limits import ASSUMED_OUTPUT_TOKENS, CallerLimits
 from policies.model import Budget, KeyId, LimitPolicy, Limits, OrganizationId, Price, StoreErrors
@@ -31,6 +32,8 @@ REQUESTS = Figure(LimitKind.REQUESTS, "org", 10, 9, 100)
 SPENT = Figure(LimitKind.DAILY_MICRO_USD, "org", 1, 0, 0)
 SLOTS = Figure(LimitKind.PARALLEL, "org", 1, 0, 0)
 BUDGET = (Budget(period="DAILY", limit_micro_usd=1_000_000),)
+TRACE = f"{'a' * 32}-{'b' * 16}"
+PRICES = "a=5000,15000,,;b=9000,1000,,"
 OUTAGE = StoreUnavailable("the store is down")
 
 
@@ -99,8 +102,7 @@ async def limited(
         asked,
         ANY_BACKEND,
         table or a_limited_table(),
-        request_id=REQUEST_ID,
-        claim=claim,
+        call=Call(REQUEST_ID, ENDPOINTS[Kind.CHAT], claim, TRACE),
     )
 
 
@@ -136,10 +138,9 @@ async def test_every_answer_that_is_asked_for_counts() -> None:
 
 async def test_without_a_store_nothing_is_limited() -> None:
     asked = an_ask(CHAT)
-    grant = await limit(
-        a_limiter(), a_caller(), asked, ANY_BACKEND, a_limited_table(), request_id=REQUEST_ID, claim=None
-    )
-    assert grant == Grant()
+    call = Call(REQUEST_ID, ENDPOINTS[Kind.CHAT])
+    grant = await limit(a_limiter(), a_caller(), asked, ANY_BACKEND, a_limited_table(), call=call)
+    assert grant == Grant(metadata=((names.METADATA_PRICES, PRICES),))
 
 
 # --- What comes of it.
@@ -150,13 +151,22 @@ async def test_grant_tells_the_ledger_and_the_client_the_figures() -> None:
     assert isinstance(grant, Grant)
     assert grant.edits == ()
     assert dict(grant.metadata) == {
-        names.METADATA_PRICES: "a=5000,15000,;b=9000,1000,",
+        names.METADATA_PRICES: PRICES,
         names.METADATA_CHARGE_TO: "org:DAILY org:MONTHLY",
     }
     figures = dict(grant.figures)
     assert figures[names.METADATA_TOKENS_OUTPUT] == "100"
     assert int(figures[names.METADATA_TOKENS_INPUT]) > 0
     assert figures["x-ratelimit-remaining-requests"] == "9"
+    assert figures[names.METADATA_FIGURES] == "1 org 10 9 100"
+    assert str(grant.tokens_input) == figures[names.METADATA_TOKENS_INPUT]
+
+
+async def test_entry_keeps_what_a_usage_record_needs() -> None:
+    policy = "d" * 64
+    table = replace(a_limited_table(), digest=policy)
+    kept = read((await demanded(table=table)).about)
+    assert kept == About(model="m", endpoint="chat", policy=policy, prices=PRICES, trace=TRACE)
 
 
 async def test_output_that_was_cut_is_told_to_the_backend() -> None:
@@ -201,6 +211,8 @@ async def test_what_is_in_the_way_refuses(answer: Admission, reason: Reason) -> 
     with pytest.raises(Refused) as refused:
         await limited(answer)
     assert refused.value.reason is reason
+    denied_by = answer.figures if isinstance(answer, Denied) else ()
+    assert getattr(refused.value, "figures", ()) == denied_by
 
 
 async def test_kept_answer_comes_back() -> None:

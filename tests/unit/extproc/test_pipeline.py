@@ -5,11 +5,13 @@ from __future__ import annotations
 import hmac
 import json
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
 import pytest
 
+from extproc.answering import Answering
 from extproc.exchange import (
     Command,
     Continue,
@@ -34,7 +36,7 @@ from gateway.endpoints import CHAT_PATH, COMPLETION_PATH, INFERENCE_PATH, MODELS
 from gateway.errors import REFUSALS, Reason, StoreUnavailable
 from limits.model import Admission, Admitted, Claimed, Demand, Denied, Figure, LimitKind, StoredAnswer
 from policies.limits import CallerLimits
-from policies.model import Budget, LimitPolicy, Limits, Price
+from policies.model import Budget, LimitPolicy, Limits, Policy, Price
 from tests.unit.extproc.extproc_builders import REQUEST_ID, a_limiter, a_record, a_table
 from tests.unit.policies.policy_builders import a_model, a_policy, a_share
 
@@ -43,7 +45,15 @@ NOW = 1_700_000_000.0
 TRACEPARENT = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
 CHAT = {"model": "m", "messages": [{"role": "user", "content": "hi"}]}
 INFERENCE = {"request_id": REQUEST_ID, "model": "m", "payload": "hi"}
-LET_IN = Continue(metadata=((names.METADATA_ORGANIZATION, "acme"), (names.METADATA_KEY, "alice")))
+POLICY = "d" * 64
+LET_IN = Continue(
+    metadata=(
+        (names.METADATA_ORGANIZATION, "acme"),
+        (names.METADATA_KEY, "alice"),
+        (names.METADATA_ENDPOINT, "chat"),
+        (names.METADATA_POLICY, POLICY),
+    )
+)
 CLOSED = (names.METADATA_CLOSED, True)
 SECRET_DETAIL = "the store said: password=hunter2"
 
@@ -114,20 +124,21 @@ class Dialogue:
         *,
         keys: FakeKeys | None = None,
         record: dict[str, Any] | None = None,
-        table: PolicyTable | Exception | None = None,
+        table: PolicyTable | None = None,
         traceparent: str | None = None,
         body_max_bytes: int = 10_000,
         limiter: Limiter | None = None,
+        silent: tuple[str, ...] = (),
     ) -> None:
         self.log, self.outcomes, self.now_s, self.trail = FakeLog(), Outcomes(), NOW, FakeTrail()
         policy = a_policy(a_model(a_share("a"), model="m"), a_model(a_share("dead"), model="killed"), killed=["dead"])
         price = Price(input_micro_usd_per_1k=5000, output_micro_usd_per_1k=15_000)
-        self._table = table or a_table(policy, prices={"a": price})
+        self._table = table or replace(a_table(policy, prices={"a": price}, silent=silent), digest=POLICY)
         log: Any = self.log
         self._decision = Decision(
             Deciders(
                 keys=keys or FakeKeys(a_record(KEY, **(record or {}))),
-                policy=self._policy,
+                policy=lambda: self._table,
                 outcomes=self.outcomes,
                 log=log,
                 clock_s=lambda: self.now_s,
@@ -140,10 +151,9 @@ class Dialogue:
             traceparent,
         )
 
-    def _policy(self) -> PolicyTable:
-        if isinstance(self._table, Exception):
-            raise self._table
-        return self._table
+    def policy_changes(self, policy: Policy) -> None:
+        """From now on another one is in force."""
+        self._table = a_table(policy)
 
     async def say(self, event: Event) -> Command:
         return await self._decision.on_event(event)
@@ -186,6 +196,8 @@ async def test_chat_is_let_in_and_forwarded_as_it_came() -> None:
     assert isinstance(command, Forward)
     assert command.body is None
     assert dict(command.headers)[names.HEADER_ORGANIZATION] == "acme"
+    assert command.metadata[: len(LET_IN.metadata)] == LET_IN.metadata
+    assert (names.METADATA_MODEL, "m") in command.metadata
     assert talk.outcomes.counted == {("chat", "forwarded"): 1}
     assert talk.log.events == []
 
@@ -256,6 +268,8 @@ async def test_models_are_answered_at_once(path: str) -> None:
     assert isinstance(command, Reply)
     assert [model["id"] for model in json.loads(command.body)["data"]] == ["killed", "m"]
     assert talk.outcomes.counted == {("models", "answered"): 1}
+    assert command.metadata[-2:] == ((names.METADATA_REASON, names.REASON_LISTED), CLOSED)
+    assert (names.METADATA_ENDPOINT, "models") in command.metadata
 
 
 async def test_model_is_found_by_its_escaped_name() -> None:
@@ -432,9 +446,9 @@ class FakeStore:
         return True
 
 
-def limited(store: FakeStore) -> Dialogue:
+def limited(store: FakeStore, **said: Any) -> Dialogue:
     any_store: Any = store
-    return Dialogue(limiter=a_limiter(any_store))
+    return Dialogue(limiter=a_limiter(any_store), **said)
 
 
 async def answered(talk: Dialogue, *parts: bytes, status: int = 200, content_type: str = "application/json") -> Command:
@@ -456,7 +470,13 @@ async def test_refusal_by_a_limit_is_answered_logged_and_audited_with_its_figure
     headers = dict(command.headers)
     assert (headers["retry-after"], headers["retry-after-ms"]) == ("2", "1200")
     assert headers["x-ratelimit-limit-requests"] == "10"
-    assert CLOSED in command.metadata
+    assert command.metadata == (
+        *LET_IN.metadata,
+        (names.METADATA_MODEL, "m"),
+        (names.METADATA_REASON, "RATE_LIMIT_EXCEEDED"),
+        CLOSED,
+    )
+    assert command.limits == ((names.METADATA_FIGURES, "1 org 10 0 100"),)
     [event] = talk.trail.events
     assert (event.actor, event.organization_id, event.request_id) == ("alice", "acme", REQUEST_ID)
     assert (event.metadata["reason"], event.metadata["model"]) == ("request_rate", "m")
@@ -475,18 +495,18 @@ async def test_what_is_audited_is_a_matter_of_status(changes: dict[str, Any], au
 
 
 async def test_only_an_outage_leaves_an_entry_that_may_be_open() -> None:
-    talk = limited(FakeStore(StoreUnavailable(SECRET_DETAIL)))
-    talk._table = a_table(
-        replace(
-            a_policy(a_model(a_share("a"), model="m")),
-            limits=Limits(default=LimitPolicy(budgets=(Budget(period="DAILY", limit_tokens=1),))),
-        )
-    )
+    budget = LimitPolicy(budgets=(Budget(period="DAILY", limit_tokens=1),))
+    policy = replace(a_policy(a_model(a_share("a"), model="m")), limits=Limits(default=budget))
+    talk = limited(FakeStore(StoreUnavailable(SECRET_DETAIL)), table=replace(a_table(policy), digest=POLICY))
     await talk.headers()
     command = await talk.body(CHAT)
     assert refused(command) == (503, "service_unavailable")
     assert isinstance(command, Reply)
-    assert command.metadata == LET_IN.metadata
+    assert command.metadata == (
+        *LET_IN.metadata,
+        (names.METADATA_MODEL, "m"),
+        (names.METADATA_REASON, "SERVICE_UNAVAILABLE"),
+    )
     assert "hunter2" not in command.body.decode()
 
 
@@ -558,7 +578,7 @@ async def test_kept_answer_is_given_again_and_says_so() -> None:
     assert isinstance(command, Reply)
     assert (command.status, command.body) == (200, kept.body)
     assert dict(command.headers) == {"content-type": "text/event-stream", "x-idempotent-replay": "true"}
-    assert CLOSED in command.metadata
+    assert command.metadata[-2:] == ((names.METADATA_REASON, names.REASON_REPEATED), CLOSED)
     assert talk.outcomes.counted == {("chat", "repeated"): 1}
 
 
@@ -570,6 +590,88 @@ async def test_exchange_that_ends_early_lets_the_key_go() -> None:
     assert talk._decision.waited_for
     await talk._decision.end()
     assert store.kept == [(REQUEST_ID, None)]
+    assert not talk._decision.waited_for
+
+
+# --- What the access log is told besides.
+
+
+async def test_inference_is_told_with_its_ids_and_labels() -> None:
+    talk = Dialogue(traceparent=TRACEPARENT)
+    await talk.headers(INFERENCE_PATH)
+    command = await talk.body(INFERENCE | {"metadata": {"team": "é"}})
+    assert isinstance(command, Forward)
+    assert command.limits == (
+        (names.METADATA_TRACE, TRACEPARENT[3:52]),
+        (names.METADATA_CLIENT_REQUEST_ID, REQUEST_ID),
+        (names.METADATA_LABELS, '{"team":"\\u00e9"}'),
+    )
+
+
+@pytest.mark.parametrize("model", ["\ud800", "m" * 5_000], ids=["half a character", "long"])
+async def test_models_name_that_a_client_made_up_can_be_told(model: str) -> None:
+    talk = Dialogue()
+    await talk.headers()
+    command = await talk.body(CHAT | {"model": model})
+    assert isinstance(command, Reply)
+    told = dict(command.metadata)
+    assert told[names.METADATA_REASON] == "MODEL_NOT_FOUND"
+    assert len(str(told[names.METADATA_MODEL]).encode()) <= 256
+
+
+async def test_policy_that_a_request_began_with_decides_it() -> None:
+    talk = Dialogue()
+    await talk.headers()
+    talk.policy_changes(a_policy(a_model(a_share("a"), model="other")))
+    command = await talk.body(CHAT)
+    assert isinstance(command, Forward)
+    assert (names.METADATA_POLICY, POLICY) in command.metadata
+
+
+# --- Answers of backends that report no usage.
+
+
+async def quiet(body: Mapping[str, Any], **headers: str) -> Dialogue:
+    """A request to a silent backend that has been forwarded."""
+    talk = limited(FakeStore(), silent=("a",))
+    await talk.headers(**headers)
+    assert isinstance(await talk.body(body), Forward)
+    return talk
+
+
+async def test_answer_of_a_silent_backend_is_wanted_and_counted() -> None:
+    talk = await quiet(CHAT)
+    headers = {":status": "200", "content-type": "application/json", names.HEADER_ROUTING_BACKEND: "a"}
+    assert await talk.say(ResponseHeaders(headers=headers, ends=False)) == Continue(body_wanted=True)
+    whole = json.dumps({"choices": [{"message": {"content": "How are you?"}}]}).encode()
+    assert await talk.say(ResponseBody(body=whole[:9], ends=False)) == Continue()
+    command = await talk.say(ResponseBody(body=whole[9:]))
+    assert isinstance(command, Continue)
+    assert dict(command.counted)[names.METADATA_TOKENS_OUTPUT] == "4"
+
+
+@pytest.mark.parametrize(
+    ("status", "content_type", "backend"),
+    [("400", "application/json", "a"), ("200", "text/html", "a"), ("200", "application/json", "b")],
+    ids=["failed", "no answer", "another backend"],
+)
+async def test_other_answers_are_left_alone(status: str, content_type: str, backend: str) -> None:
+    talk = await quiet(CHAT)
+    headers = {":status": status, "content-type": content_type, names.HEADER_ROUTING_BACKEND: backend}
+    assert await talk.say(ResponseHeaders(headers=headers, ends=False)) == Continue()
+
+
+async def test_stream_of_a_silent_backend_is_counted_and_kept() -> None:
+    talk = await quiet(CHAT | {"stream": True}, idempotency_key="k")
+    headers = {":status": "200", "content-type": "text/event-stream", names.HEADER_ROUTING_BACKEND: "a"}
+    assert await talk.say(ResponseHeaders(headers=headers, ends=False)) == Continue(body_wanted=True)
+    event = b'data: {"choices":[{"delta":{"content":"%s"}}]}\n\n'
+    first = await talk.say(ResponseBody(body=event % b"How are", ends=False))
+    assert isinstance(first, Continue)
+    assert dict(first.counted)[names.METADATA_TOKENS_OUTPUT] == "2"
+    last = await talk.say(ResponseBody(body=event % b" you?" + b"data: [DONE]\n\n"))
+    assert isinstance(last, Continue)
+    assert dict(last.counted)[names.METADATA_TOKENS_OUTPUT] == "4"
     assert not talk._decision.waited_for
 
 
@@ -596,17 +698,32 @@ async def test_bug_on_the_headers_is_500_with_the_id_that_is_logged(path: str, c
     assert_bug_is_told_by_its_id_only(talk, command)
 
 
+class Broken:
+    """Fails whatever is asked of it."""
+
+    def __getattr__(self, name: str) -> Any:
+        raise RuntimeError(SECRET_DETAIL)
+
+
 async def test_bug_on_the_body_is_500_with_the_id_that_is_logged() -> None:
-    talk = Dialogue(table=RuntimeError(SECRET_DETAIL))
+    store: Any = Broken()
+    talk = Dialogue(limiter=a_limiter(store))
     await talk.headers()
-    assert_bug_is_told_by_its_id_only(talk, await talk.body(CHAT))
+    command = await talk.body(CHAT)
+    assert_bug_is_told_by_its_id_only(talk, command)
+    # Whether an entry was opened before nobody knows here.
+    assert isinstance(command, Reply)
+    assert command.metadata == (
+        *LET_IN.metadata,
+        (names.METADATA_MODEL, "m"),
+        (names.METADATA_REASON, "INTERNAL_ERROR"),
+    )
 
 
 async def test_bug_on_the_answer_is_500_with_the_id_that_is_logged() -> None:
-    talk = Dialogue()
+    talk = Dialogue(limiter=a_limiter(tokens=Broken()))
     await talk.headers(INFERENCE_PATH)
     await talk.body(INFERENCE)
-    talk._table = RuntimeError(SECRET_DETAIL)
     assert_bug_is_told_by_its_id_only(talk, await talk.answer(b"{}"))
 
 
@@ -627,4 +744,5 @@ async def test_event_out_of_phase_is_the_servers_to_handle() -> None:
 def test_request_is_small() -> None:
     """The one mutable object of a request must not become a bag (style, rule 5)."""
     assert len(Decision.__slots__) <= 9
+    assert len(Answering.__slots__) <= 9
     assert not hasattr(Decision, "__dict__") or "__dict__" not in dir(Decision.__new__(Decision))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from random import Random
 from typing import Any
 
@@ -14,7 +15,7 @@ from hypothesis import strategies as st
 from extproc.edit import Edit, setting
 from extproc.exchange import Forward
 from extproc.json_body import parse, places
-from extproc.route import Choice, choose, route
+from extproc.route import Choice, choose, route, tells_usage
 from gateway import names
 from gateway.endpoints import Kind
 from gateway.errors import Reason, Refused
@@ -147,8 +148,6 @@ def test_stream_is_watched_and_its_added_usage_taken_out() -> None:
     command, body = sent(STREAM)
     assert body == b'{"stream_options":{"include_usage":true},"model": "m", "stream": true}'
     assert dict(command.metadata) == {
-        names.METADATA_ORGANIZATION: "acme",
-        names.METADATA_KEY: "alice",
         names.METADATA_MODEL: "m",
         names.METADATA_STREAM: True,
         names.METADATA_STRIP_USAGE: True,
@@ -253,3 +252,20 @@ def test_any_model_name_may_be_asked_for(model: str) -> None:
 @pytest.mark.parametrize(("silent", "reports"), [((), True), (("b",), False), (("c",), True)])
 def test_one_silent_backend_keeps_usage_from_being_asked_for(silent: tuple[str, ...], reports: bool) -> None:
     assert chosen("open", silent=silent).reports_usage is reports
+
+
+@pytest.mark.parametrize(
+    ("text", "kind", "reports", "told"),
+    [
+        (STREAM, Kind.CHAT, True, True),
+        (STREAM, Kind.CHAT, False, False),
+        ('{"model": "m", "stream": true, "stream_options": {"include_usage": true}}', Kind.CHAT, False, True),
+        ('{"model": "m", "stream": true, "stream_options": null}', Kind.COMPLETION, False, False),
+        ('{"model": "m"}', Kind.CHAT, False, True),
+        (STREAM, Kind.RESPONSE, False, True),
+    ],
+    ids=["the router asks", "nobody asks", "the client asks", "null", "no stream", "a response"],
+)
+def test_streams_tell_their_usage_where_somebody_asks(text: str, kind: Kind, reports: bool, told: bool) -> None:
+    ask = replace(an_ask(text), kind=kind)
+    assert tells_usage(ask, Choice(variant=None, reports_usage=reports)) == told

@@ -9,49 +9,48 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from extproc.translate import Trace, answer
+from extproc.answer_usage import Usage
+from extproc.translate import Trace, answer, failure, is_answer, parsed
 from gateway.errors import REFUSALS, Reason
 from policies.model import Price
 from tests.unit.extproc.json_texts import OBJECTS
 
+USED = Usage(tokens_input=5, tokens_output=7, tokens_input_cached=2, tokens_output_reasoning=5)
 TRACE = Trace(trace_id="t" * 32, span_id="s" * 16)
 
 
 def answered(body: Any, *, status: int = 200, price: Price | None = None) -> tuple[int | None, dict[str, Any]]:
     """Status that is set, and the client's body."""
-    raw = body if isinstance(body, bytes) else json.dumps(body).encode()
-    command = answer(status=status, body=raw, request_id="r", latency_ms=7, price=price, trace=TRACE)
+    output = parsed(body if isinstance(body, bytes) else json.dumps(body).encode())
+    if is_answer(status, output):
+        command = answer(output, used=USED, request_id="r", latency_ms=7, price=price, trace=TRACE)
+    else:
+        command = failure(status, output, TRACE)
     return command.status, json.loads(command.body.decode())
 
 
 # --- Answers.
 
-USAGES: dict[str, tuple[dict[str, Any], int, int]] = {
-    "OpenAI": ({"usage": {"prompt_tokens": 3, "completion_tokens": 5}}, 3, 5),
-    "responses": ({"usage": {"input_tokens": 3, "output_tokens": 5}}, 3, 5),
-    "text": ({"text": "hi", "tokens_used": 5}, 0, 5),
-    "both": ({"usage": {"prompt_tokens": 3, "completion_tokens": 5}, "tokens_used": 8}, 3, 5),
-    "none": ({}, 0, 0),
-    "null": ({"usage": None}, 0, 0),
-    "no object": ({"usage": [1]}, 0, 0),
-    "no numbers": ({"usage": {"prompt_tokens": "3", "completion_tokens": True}}, 0, 0),
-    "negative": ({"usage": {"prompt_tokens": -3, "completion_tokens": 5}}, 0, 5),
-}
+PRICE = Price(
+    input_micro_usd_per_1k=5_000,
+    output_micro_usd_per_1k=15_000,
+    cached_input_micro_usd_per_1k=2_000,
+    reasoning_micro_usd_per_1k=60_000,
+)
 
 
-@pytest.mark.parametrize(("body", "tokens_input", "tokens_output"), USAGES.values(), ids=USAGES)
-def test_tokens_are_found_in_every_format(body: dict[str, Any], tokens_input: int, tokens_output: int) -> None:
-    price = Price(input_micro_usd_per_1k=5000, output_micro_usd_per_1k=15_000)
-    status, found = answered(body, price=price)
+@pytest.mark.parametrize(("price", "micro_usd"), [(PRICE, 3 * 5 + 2 * 2 + 2 * 15 + 5 * 60), (None, 0)])
+def test_answer_says_what_was_used_and_what_it_costs(price: Price | None, micro_usd: int) -> None:
+    status, found = answered({"a": 1}, price=price)
     assert status is None
     assert found == {
         "request_id": "r",
-        "output": body,
+        "output": {"a": 1},
         "usage": {
-            "tokens_input": tokens_input,
-            "tokens_output": tokens_output,
+            "tokens_input": 5,
+            "tokens_output": 7,
             "latency_ms": 7,
-            "cost_usd": (tokens_input * 5 + tokens_output * 15) / 1_000_000,
+            "cost_usd": micro_usd / 1_000_000,
             "limit_state": "WITHIN_LIMIT",
         },
         "trace_id": TRACE.trace_id,

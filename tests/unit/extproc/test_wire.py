@@ -10,6 +10,10 @@ from envoy_data_plane.envoy.config.core.v3 import (
     HeaderValue,
     HeaderValueOptionHeaderAppendAction,
 )
+from envoy_data_plane.envoy.extensions.filters.http.ext_proc.v3 import (
+    ProcessingModeBodySendMode,
+    ProcessingModeHeaderSendMode,
+)
 from envoy_data_plane.envoy.service.ext_proc.v3 import (
     BodyMutation,
     CommonResponse,
@@ -53,7 +57,7 @@ METADATA = st.lists(
 ).map(tuple)
 LIMITS = st.lists(st.tuples(NAMES, ASCII), max_size=4, unique_by=lambda pair: pair[0]).map(tuple)
 FORWARDS = st.builds(Forward, headers=PAIRS, body=st.none() | BODIES, metadata=METADATA, limits=LIMITS)
-REWRITES = st.builds(Rewrite, body=BODIES, status=st.none() | st.integers(400, 599))
+REWRITES = st.builds(Rewrite, body=BODIES, status=st.none() | st.integers(400, 599), counted=LIMITS)
 REPLIES = st.builds(
     Reply,
     status=st.sampled_from([200, 401, 503]),
@@ -161,6 +165,7 @@ def test_rewrite_says_body_length_and_status(command: Rewrite) -> None:
     status = {} if command.status is None else {":status": str(command.status)}
     expected = {"content-type": "application/json", "content-length": str(len(command.body))} | status
     assert headers_of(common.header_mutation) == expected
+    assert metadata_of(said, names.COUNTED_NAMESPACE) == dict(command.counted)
 
 
 @given(REPLIES, EVENTS)
@@ -188,6 +193,22 @@ def test_continue_may_carry_metadata(metadata: Any) -> None:
     said = response_to(Continue(metadata=metadata), REQUEST_HEADERS)
     assert said.request_headers is not None
     assert metadata_of(said, names.METADATA_NAMESPACE) == dict(metadata)
+
+
+@given(LIMITS)
+def test_continue_may_carry_counts(counted: Any) -> None:
+    said = response_to(Continue(counted=counted), RESPONSE_BODY)
+    assert said.response_body is not None
+    assert metadata_of(said, names.COUNTED_NAMESPACE) == dict(counted)
+    assert said.mode_override is None
+
+
+def test_wanted_body_is_asked_for_as_it_comes() -> None:
+    said = response_to(Continue(body_wanted=True), ResponseHeaders(headers={}, ends=False))
+    assert said.response_headers is not None
+    assert said.mode_override is not None
+    assert said.mode_override.response_body_mode is ProcessingModeBodySendMode.STREAMED
+    assert said.mode_override.response_trailer_mode is ProcessingModeHeaderSendMode.SKIP
 
 
 @pytest.mark.parametrize(
