@@ -18,6 +18,8 @@ from gateway.endpoints import READYZ_PATH
 from gateway.settings import USAGE_SOCKET, VALKEY_SOCKET, XDS_SOCKET, SettingsError
 
 LOOPBACK: Final = "127.0.0.1"
+JOURNAL_DELAY_MS: Final = "500"
+"""Until Envoy writes down a request that has ended; what it has not written dies with it."""
 ANY_HOSTS: Final = frozenset({"", "0.0.0.0", "::"})
 BOOTSTRAP: Final = Path(__file__).parent.parent / "envoy" / "bootstrap.yaml"
 ENVOY_LOG_FORMAT: Final = '{"timestamp":"%Y-%m-%dT%T.%fZ","level":"%l","program":"envoy","logger":"%n","event":"%j"}'
@@ -189,6 +191,7 @@ def _envoy(settings: UpSettings, run_dir: Path) -> Program:
             *("--log-level", settings.envoy_log_level, "--log-format", ENVOY_LOG_FORMAT),
             *("--component-log-level", "misc:error"),  # a warning for each extension that is still new
             "--disable-hot-restart",
+            *("--file-flush-interval-msec", JOURNAL_DELAY_MS),
         ),
         log=_log(run_dir, "envoy"),
         probe=http_ok(host, settings.http_port, READYZ_PATH),

@@ -21,6 +21,9 @@ XDS_SOCKET = "xds.sock"
 VALKEY_SOCKET = "valkey.sock"
 STATUS_SOCKET = "extproc-status.sock"
 USAGE_SOCKET = "usage.sock"
+AUDIT_SOCKET = "audit.sock"
+JOURNAL = "requests.jsonl"
+"""Where Envoy writes down each request that has ended, for a ledger that was not there to be told."""
 LAST_GOOD_FILE = "last-good-policies.json"
 
 
@@ -49,6 +52,8 @@ class CommonSettings(BaseSettings):
     body_max_bytes: Annotated[int, Field(ge=1024)] = 8 * 1024 * 1024
     answer_max_bytes: Annotated[int, Field(ge=1024)] = 16 * 1024 * 1024
     """A JSON answer is held until its usage has been read; a larger one fails. Streams have no limit."""
+    sign_of_life_s: Annotated[float, Field(ge=0.1, le=300)] = 60.0
+    """How often Envoy tells the ledger of a request that still runs."""
     otel_exporter_otlp_endpoint: str = ""
 
     @classmethod
@@ -145,6 +150,17 @@ class UsageSettings(StoreSettings):
     usage_metrics_port: Port = 9103
     usage_sweep_interval_s: Annotated[float, Field(gt=0)] = 10.0
     """Between two looks for overdue requests."""
+    usage_retention_days: Annotated[float, Field(gt=0)] = 30.0
+    """How long requests, audit events and JSONL files are kept after they were handed on."""
+    usage_backlog_max: Annotated[int, Field(ge=1000)] = 14_400_000
+    """Requests that may wait to be handed on: 24 hours at 10,000 a minute. More are left in Envoy's journal."""
+    usage_late_warning_s: Annotated[float, Field(gt=0)] = 300.0
+    """When the oldest request that was not handed on makes readiness warn."""
+    kafka_brokers: str = ""
+    """``host:port,host:port``; empty: records and audit events go to JSONL files in STATE_DIR."""
+    kafka_config_file: Path | None = None
+    """``name=value`` lines for librdkafka, such as security.protocol and sasl.*."""
+    envoy_admin_address: str = "127.0.0.1:9901"
 
 
 S = TypeVar("S", bound=CommonSettings)

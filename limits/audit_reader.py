@@ -25,6 +25,33 @@ class Found:
     unreadable: int
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Page:
+    """Entries of the stream in the order of their writing. ``last`` is the id of the last, '' where there is none."""
+
+    events: tuple[AuditEvent, ...]
+    unreadable: int
+    count: int
+    last: str
+
+
+async def read_after(connection: Connection, after: str, *, most: int) -> Page:
+    """What has been written after the entry with that id.
+
+    Raises:
+        StoreUnavailable: there is no answer in time.
+    """
+    start = f"({after}".encode()
+    entries = await answer(connection, pack(b"XRANGE", STREAM, start, b"+", b"COUNT", b"%d" % most))
+    events = [event for _, fields in entries if (event := _event_of(fields)) is not None]
+    return Page(
+        events=tuple(events),
+        unreadable=len(entries) - len(events),
+        count=len(entries),
+        last=entries[-1][0].decode() if entries else "",
+    )
+
+
 async def read_events(
     connection: Connection,
     *,

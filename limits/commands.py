@@ -7,12 +7,14 @@ from collections.abc import Sequence
 from typing import Any, Final, Literal
 
 from limits.admission import AMOUNT_MAX
-from limits.model import Closing, Credit, Settlement, StoredAnswer
+from limits.model import Closing, Credit, Opened, Settlement, StoredAnswer
 from limits.msgpack import encode
 from limits.resp import pack
-from limits.scripts import FINISH, RESET, SETTLE, prefix
-from policies.model import OrganizationId
+from limits.scripts import EXTEND, FINISH, OPENED, RESET, SETTLE, prefix
+from policies.model import KeyId, OrganizationId
 
+SLOT_KEPT_MS: Final = 300_000
+"""A slot of a request that is not heard of is not kept for longer; admit.lua has the same."""
 _OUTCOMES: Final[dict[bytes, Literal["settled", "expired", "charged", "repeated", "none"]]] = {
     b"SETTLED": "settled",
     b"EXPIRED": "expired",
@@ -42,6 +44,36 @@ def expire_command(organization_id: OrganizationId, request_id: str) -> bytes:
     """EVALSHA of settle.lua for an overdue entry."""
     nothing = Settlement(request_id=request_id, organization_id=organization_id, tokens=0, micro_usd=0)
     return settle_command(nothing, mode=b"expire")
+
+
+def opened_command(organization_id: OrganizationId, request_id: str) -> bytes:
+    """EVALSHA of opened.lua."""
+    start = prefix(organization_id)
+    return pack(b"EVALSHA", OPENED.sha, b"1", start + b"open", start, request_id.encode())
+
+
+def read_opened(reply: Sequence[Any], organization_id: OrganizationId, request_id: str) -> Opened | None:
+    """What opened.lua answered."""
+    if not reply:
+        return None
+    admitted_ms, tokens_input, tokens_output, micro_usd, key_id, about = reply
+    return Opened(
+        request_id=request_id,
+        organization_id=organization_id,
+        key_id=KeyId(key_id.decode()),
+        admitted_ms=admitted_ms,
+        tokens_input=tokens_input,
+        tokens_output=tokens_output,
+        micro_usd=micro_usd,
+        about=about.decode(),
+    )
+
+
+def extend_command(organization_id: OrganizationId, request_id: str, *, overdue_ms: int) -> bytes:
+    """EVALSHA of extend.lua."""
+    start = prefix(organization_id)
+    numbers = encode(overdue_ms, SLOT_KEPT_MS)
+    return pack(b"EVALSHA", EXTEND.sha, b"1", start + b"open", start, request_id.encode(), numbers)
 
 
 def read_closing(reply: Sequence[Any]) -> Closing:

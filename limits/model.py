@@ -144,6 +144,20 @@ class Closing:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Opened:
+    """A request that was admitted and has not been settled: what was reserved for it, and what its demand said."""
+
+    request_id: str
+    organization_id: OrganizationId
+    key_id: KeyId
+    admitted_ms: int
+    tokens_input: int
+    tokens_output: int
+    micro_usd: int
+    about: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Credit:
     """What a reset forgave of one period, such as ``org:DAILY:2026-11-25``."""
 

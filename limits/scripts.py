@@ -36,7 +36,9 @@ ADMIT: Final = _script("admit")
 SETTLE: Final = _script("settle")
 FINISH: Final = _script("finish")
 RESET: Final = _script("reset")
-SCRIPTS: Final = (ADMIT, SETTLE, FINISH, RESET)
+OPENED: Final = _script("opened")
+EXTEND: Final = _script("extend")
+SCRIPTS: Final = (ADMIT, SETTLE, FINISH, RESET, OPENED, EXTEND)
 
 
 @lru_cache(maxsize=10_000)

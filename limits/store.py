@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Literal, Protocol
 
-from limits.model import Admission, Closing, Credit, Demand, Figure, Settlement, StoredAnswer
+from limits.model import Admission, Closing, Credit, Demand, Figure, Opened, Settlement, StoredAnswer
 from policies.limits import CallerLimits
 from policies.model import OrganizationId
 
@@ -29,6 +29,14 @@ class LimitStore(Protocol):
 
     async def overdue(self, organization_id: OrganizationId, /, *, most: int) -> tuple[str, ...]:
         """Request ids of open entries whose deadline has passed, the oldest first."""
+        ...
+
+    async def opened(self, organization_id: OrganizationId, request_id: str, /) -> Opened | None:
+        """What is kept of an open request; None where it is not open."""
+        ...
+
+    async def extend(self, organization_id: OrganizationId, request_id: str, /) -> bool:
+        """The request still runs: put off when it is overdue. False where it is not open."""
         ...
 
     async def expire(self, organization_id: OrganizationId, request_id: str, /) -> Closing:

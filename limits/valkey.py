@@ -16,14 +16,17 @@ from limits.admission import CallerPart, admit_command, caller_part, nobody, org
 from limits.calls import Calls, load_scripts
 from limits.commands import (
     expire_command,
+    extend_command,
     finish_command,
+    opened_command,
     read_closing,
     read_credits,
+    read_opened,
     reset_command,
     settle_command,
 )
 from limits.connection import Connection
-from limits.model import Admission, Admitted, Closing, Credit, Demand, Figure, Settlement, StoredAnswer
+from limits.model import Admission, Admitted, Closing, Credit, Demand, Figure, Opened, Settlement, StoredAnswer
 from limits.nodes import Nodes
 from limits.resp import pack
 from limits.scripts import ORGANIZATIONS, prefix, slot
@@ -102,6 +105,16 @@ class ValkeyLimits:
         key, now_ms = prefix(organization_id) + b"open", b"%d" % (int(seconds) * 1000)
         oldest = pack(b"ZRANGEBYSCORE", key, b"-inf", now_ms, b"LIMIT", b"0", b"%d" % most)
         return tuple(request_id.decode() for request_id in await self._of(organization_id, oldest))
+
+    async def opened(self, organization_id: OrganizationId, request_id: str) -> Opened | None:
+        """One round trip."""
+        reply = await self._of(organization_id, opened_command(organization_id, request_id))
+        return read_opened(reply, organization_id, request_id)
+
+    async def extend(self, organization_id: OrganizationId, request_id: str) -> bool:
+        """One round trip."""
+        command = extend_command(organization_id, request_id, overdue_ms=self._overdue_ms)
+        return bool(await self._of(organization_id, command))
 
     async def expire(self, organization_id: OrganizationId, request_id: str) -> Closing:
         """One round trip."""

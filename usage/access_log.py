@@ -1,170 +1,157 @@
-"""Codec of Envoy's access log stream: what is told of each request that has ended.
+"""Codec of Envoy's access log stream: what is told of each request when it ends, and while it runs.
 
 The messages are upb classes made from a descriptor set in a pool of their own, as extproc's are (design, "Two codecs");
-``make protos`` writes it. Envoy API: als.proto, accesslog.proto. What the metadata means is in ``gateway/names.py``.
+``make protos`` writes it. Envoy API: als.proto, accesslog.proto.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Any, Final
 
 from google.protobuf.message import DecodeError
 
 from gateway import names
 from gateway.protobuf import message_classes
-from policies import price
-from policies.model import BackendId, KeyId, ModelName, OrganizationId, Price
-
-TOKENS_MAX: Final = 10**9
-"""What a backend counts beyond it is no count of tokens, and sums of it would not stay exact in the store."""
-
+from policies.model import BackendId, OrganizationId
+from usage.finished import NONE, FailedAttempt, Fields, Finished, Value, finished
 
 message: Final = message_classes("usage", "access_log.binpb")
 _Message: Final = message("envoy.service.accesslog.v3.StreamAccessLogsMessage")
+_PERIODIC: Final = 5  # AccessLogType.DownstreamPeriodic
+_FLAGS: Final = {
+    field.name: short
+    for field, short in zip(
+        message("envoy.data.accesslog.v3.ResponseFlags").DESCRIPTOR.fields,
+        (
+            *("LH", "UH", "UT", "LR", "UR", "UF", "UC", "UO", "NR", "DI", "FI", "RL", "UAEX", "RLSE", "DC", "URX"),
+            *("SI", "IH", "DPE", "UMSDR", "RFCF", "NFCF", "DT", "UPE", "NC", "OM", "DF", "DR"),
+        ),
+        strict=True,
+    )
+}
+"""Short forms of response flags, as the journal has them. Envoy docs: "Access log format", RESPONSE_FLAGS."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class TokenUsage:
-    """Tokens as the backend has counted them; a count that it left out is 0. The cached ones are part of the input."""
-
-    tokens_input: int
-    tokens_output: int
-    tokens_input_cached: int
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Finished:
-    """One request that has ended.
-
-    ``backend`` is '' where none answered, ``status`` 0 where the client had left before there was one, ``usage`` None
-    where the backend said nothing. ``started_s`` is unix seconds. ``tokens_input`` is the estimate and
-    ``tokens_output`` the grant of its admission; ``prices`` are those of its candidates then. ``closed``: it left no
-    ledger entry open. ``flags`` are the names of Envoy's response flags.
-    """
+class Running:
+    """A sign of life of a request that has not ended."""
 
     request_id: str
     organization_id: OrganizationId
-    key_id: KeyId
-    model: ModelName
-    backend: BackendId
-    status: int
-    flags: tuple[str, ...]
-    attempts: int
-    started_s: int
-    body_bytes: int
-    stream: bool
-    closed: bool
-    usage: TokenUsage | None
-    tokens_input: int
-    tokens_output: int
-    prices: Mapping[str, Price]
-    charge_to: str
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Batch:
     """What one message of the stream told; ``malformed`` says of each entry that cannot be used why."""
 
-    finished: tuple[Finished, ...]
-    malformed: tuple[str, ...]
+    finished: tuple[Finished, ...] = ()
+    attempts: tuple[FailedAttempt, ...] = ()
+    running: tuple[Running, ...] = ()
+    malformed: tuple[str, ...] = ()
 
 
-class Malformed(ValueError):
-    """An entry that cannot be used."""
+def log_name(data: bytes) -> str:
+    """Name of the log that the first message of a stream says it is; '' where it says nothing."""
+    try:
+        return str(_Message.FromString(data).identifier.log_name)
+    except DecodeError:
+        return ""
 
 
-def decode(data: bytes) -> Batch:
-    """What a serialised StreamAccessLogsMessage tells."""
+def decode(data: bytes, listener: str = names.LISTENER_PUBLIC) -> Batch:
+    """What a serialised StreamAccessLogsMessage tells of the requests of a listener."""
     try:
         told = _Message.FromString(data)
     except DecodeError as error:
-        return Batch(finished=(), malformed=(f"not a message: {error}",))
+        return Batch(malformed=(f"not a message: {error}",))
     malformed = [f"a {entry.DESCRIPTOR.name}" for entry in told.tcp_logs.log_entry]
-    finished = []
+    ended: list[Finished] = []
+    attempts: list[FailedAttempt] = []
+    running: list[Running] = []
     for entry in told.http_logs.log_entry:
         try:
-            finished.append(_finished(entry))
+            if listener == names.LISTENER_BACKENDS:
+                attempts.append(_attempt(entry))
+            elif entry.common_properties.access_log_type == _PERIODIC:
+                running += _running(entry)
+            else:
+                ended.append(_finished(entry))
         except ValueError as error:
             malformed.append(f"{entry.request.request_id or 'no request id'}: {error}")
-    return Batch(finished=tuple(finished), malformed=tuple(malformed))
+    return Batch(finished=tuple(ended), attempts=tuple(attempts), running=tuple(running), malformed=tuple(malformed))
 
 
 def _finished(entry: Any) -> Finished:
-    common, response = entry.common_properties, entry.response
-    said = _fields(common.metadata, names.METADATA_NAMESPACE)
-    limits = _fields(common.metadata, names.LIMITS_NAMESPACE)
-    organization, request_id = _text(said, names.METADATA_ORGANIZATION), entry.request.request_id
-    if not (request_id and organization):
-        raise Malformed("it names no request and organisation")
-    return Finished(
-        request_id=request_id,
-        organization_id=OrganizationId(organization),
-        key_id=KeyId(_text(said, names.METADATA_KEY)),
-        model=ModelName(_text(said, names.METADATA_MODEL)),
-        backend=BackendId(response.response_headers.get(names.HEADER_ROUTING_BACKEND, "")),
+    common, response, request = entry.common_properties, entry.response, entry.request
+    metadata = common.metadata.filter_metadata
+    headers = response.response_headers
+    return finished(
+        request_id=request.request_id,
+        path=request.original_path or request.path,
         status=response.response_code.value,
-        flags=tuple([field.name for field, _ in common.response_flags.ListFields()]),
+        flags=_flags(common),
         attempts=common.upstream_request_attempt_count,
-        started_s=common.start_time.seconds,
+        started_us=_started_us(common),
+        duration_ms=_duration_ms(common),
         body_bytes=response.response_body_bytes,
-        stream=_flag(said, names.METADATA_STREAM),
-        closed=_flag(said, names.METADATA_CLOSED),
-        usage=_usage(_fields(common.metadata, names.USAGE_NAMESPACE)),
-        tokens_input=_decimal(limits, names.METADATA_TOKENS_INPUT),
-        tokens_output=_decimal(limits, names.METADATA_TOKENS_OUTPUT),
-        prices=_prices(_text(said, names.METADATA_PRICES)),
-        charge_to=_text(said, names.METADATA_CHARGE_TO),
+        backend=headers.get(names.HEADER_ROUTING_BACKEND, ""),
+        decision=headers.get(names.HEADER_ROUTING_DECISION, ""),
+        cluster=common.upstream_cluster,
+        said=_fields(metadata, names.METADATA_NAMESPACE),
+        limits=_fields(metadata, names.LIMITS_NAMESPACE),
+        usage=_fields(metadata, names.USAGE_NAMESPACE),
+        counted=_fields(metadata, names.COUNTED_NAMESPACE),
     )
 
 
-def _fields(metadata: Any, namespace: str) -> Any:
-    found = metadata.filter_metadata
-    return found[namespace].fields if namespace in found else {}
-
-
-def _text(fields: Any, key: str) -> str:
-    return fields[key].string_value if key in fields else ""
-
-
-def _flag(fields: Any, key: str) -> bool:
-    return fields[key].bool_value if key in fields else False
-
-
-def _decimal(fields: Any, key: str) -> int:
-    text = _text(fields, key)
-    if text and not (text.isascii() and text.isdecimal()):
-        raise Malformed(f"{key} is not a number: {text!r}")
-    return int(text or 0)
-
-
-@lru_cache(maxsize=1024)
-def _prices(line: str) -> Mapping[str, Price]:
-    """The same object for the same line: requests of one model have the same."""
-    try:
-        return price.read(line)
-    except ValueError as error:
-        raise Malformed(f"{names.METADATA_PRICES} cannot be read: {error}") from None
-
-
-def _count(fields: Any, key: str) -> int | None:
-    """A backend's own number; None where it is none."""
-    if key not in fields or fields[key].WhichOneof("kind") != "number_value":
-        return None
-    number = fields[key].number_value
-    return int(number) if math.isfinite(number) and 0 <= number <= TOKENS_MAX else None
-
-
-def _usage(fields: Any) -> TokenUsage | None:
-    tokens_input = _count(fields, names.METADATA_TOKENS_INPUT)
-    tokens_output = _count(fields, names.METADATA_TOKENS_OUTPUT)
-    if tokens_input is None and tokens_output is None:
-        return None
-    return TokenUsage(
-        tokens_input=tokens_input or 0,
-        tokens_output=tokens_output or 0,
-        tokens_input_cached=_count(fields, names.METADATA_TOKENS_INPUT_CACHED) or 0,
+def _attempt(entry: Any) -> FailedAttempt:
+    common = entry.common_properties
+    return FailedAttempt(
+        request_id=entry.request.request_id,
+        backend=BackendId(common.upstream_cluster.removeprefix(names.backend_cluster(""))),
+        status=entry.response.response_code.value,
+        flags=_flags(common),
+        started_us=_started_us(common),
+        duration_ms=_duration_ms(common),
     )
+
+
+def _running(entry: Any) -> list[Running]:
+    said = _fields(entry.common_properties.metadata.filter_metadata, names.METADATA_NAMESPACE)
+    organization, request_id = said.get(names.METADATA_ORGANIZATION), entry.request.request_id
+    if not (isinstance(organization, str) and organization and request_id):
+        return []
+    return [Running(request_id=request_id, organization_id=OrganizationId(organization))]
+
+
+def _flags(common: Any) -> tuple[str, ...]:
+    return tuple([_FLAGS[field.name] for field, _ in common.response_flags.ListFields()])
+
+
+def _started_us(common: Any) -> int:
+    start = common.start_time
+    return int(start.seconds) * 1_000_000 + int(start.nanos) // 1000
+
+
+def _duration_ms(common: Any) -> int:
+    duration = common.duration
+    return int(duration.seconds) * 1000 + int(duration.nanos) // 1_000_000
+
+
+def _fields(metadata: Any, namespace: str) -> Fields:
+    if namespace not in metadata:
+        return NONE
+    return {key: _value(value) for key, value in metadata[namespace].fields.items()}
+
+
+def _value(value: Any) -> Value:
+    match value.WhichOneof("kind"):
+        case "string_value":
+            return str(value.string_value)
+        case "number_value":
+            return float(value.number_value)
+        case "bool_value":
+            return bool(value.bool_value)
+        case _:
+            return ""

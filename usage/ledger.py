@@ -1,136 +1,241 @@
-"""The queue between the access log and the limit store: what it holds is settled until the store has taken it."""
+"""Puts the ledger together: what Envoy tells is written down, then settled and handed on."""
 
 from __future__ import annotations
 
 import asyncio
-from collections import deque
-from collections.abc import Awaitable, Callable, Iterable
-from dataclasses import dataclass, replace
-from typing import Final
+import time
+from collections import Counter
+from collections.abc import AsyncIterator, Coroutine, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager
+from typing import Any, Final
 
-from gateway.errors import StoreUnavailable
+import httpx
+from prometheus_client import CollectorRegistry
+
+from gateway.http import serve, tcp_listener, unix_listener
+from gateway.settings import AUDIT_SOCKET, JOURNAL, USAGE_SOCKET, UsageSettings
 from gateway.telemetry import Logger
-from limits.model import Closing, Settlement
-from usage.access_log import Finished
-from usage.metrics import LedgerMetrics
-from usage.settle import settlement_of
+from limits.heartbeat import beat
+from limits.valkey import ValkeyLimits, open_limits
+from usage.archive import Archive
+from usage.audit_app import build_audit_app
+from usage.audit_trail import follow_audit
+from usage.delivery import Delivery
+from usage.follow import JournalFollower, reopener
+from usage.intake import Intake
+from usage.journal_file import ROTATED_BYTES, JournalFile, Position
+from usage.metrics import LedgerMetrics, build_app
+from usage.outlets import Outlets, open_outlets
+from usage.policies import keep_policies
+from usage.prune import prune_every
+from usage.reconcile import Reconciliation, Seen
+from usage.salvage import Opened, open_spool
+from usage.server import AccessLogServer
+from usage.settler import Settler
+from usage.signs_of_life import SignsOfLife
+from usage.spool import Entry
+from usage.sweep import sweep_every
+from usage.writer import Writer
 
-QUEUE_MAX: Final = 100_000
-BATCH_MAX: Final = 200
-"""Settlements under way at once: what the store answers well within one call's deadline."""
-RETRY_S: Final = 1.0
-STORE_WAIT_S: Final = 60.0
-REPEATS_KNOWN_S: Final = 540.0
-"""So long after it was closed the store still knows that an entry was; it keeps that for ten minutes."""
-
-
-@dataclass(slots=True)
-class _Waiting:
-    """A settlement; ``tried_s`` is when the store may have taken it without an answer that reached us."""
-
-    settlement: Settlement
-    tried_s: float | None = None
+SPOOL_FILE: Final = "usage.db"
+PRUNE_S: Final = 60.0
+STREAM_GRACE_S: Final = 0.5
+"""For what Envoy has written already, when the program is told to stop."""
+DRAIN_S: Final = 5.0
 
 
 class Ledger:
-    """Takes requests that have ended; :meth:`run` settles them."""
+    """Everything that a running ledger consists of; ``store`` is None where nothing is limited."""
 
-    def __init__(
+    def __init__(  # noqa: PLR0917 - what it consists of
         self,
-        settle: Callable[[Settlement], Awaitable[Closing]],
-        *,
-        store_is_up: Callable[[float], Awaitable[bool]],
+        settings: UsageSettings,
+        opened: Opened,
+        store: ValkeyLimits | None,
+        outlets: Outlets,
+        http: httpx.AsyncClient,
         metrics: LedgerMetrics,
         log: Logger,
-        clock_s: Callable[[], float],
-        entries_max: int = QUEUE_MAX,
-        retry_s: float = RETRY_S,
     ) -> None:
-        """``settle`` is the store's, ``store_is_up`` waits for it at most so many seconds, ``clock_s`` is monotonic."""
-        self._settle = settle
-        self._store_is_up = store_is_up
+        self._settings = settings
+        self._store = store
+        self._outlets = outlets
         self._metrics = metrics
         self._log = log
-        self._clock_s = clock_s
-        self._entries_max = entries_max
-        self._retry_s = retry_s
-        self._queue: deque[_Waiting] = deque()
-        self._held = 0  # in the queue, under way, or waiting to be tried again
-        self._arrived = asyncio.Event()
-        self._empty = asyncio.Event()
-        self._empty.set()
-        self._full = False
+        spool = opened.spool
+        self._spool = spool
+        self.archive = Archive(spool.path)
+        self.writer = Writer(spool, written=self._written, metrics=metrics, log=log)
+        self.settler: Settler | None = None
+        self._signs: SignsOfLife | None = None
+        if store is not None:
+            self._signs = SignsOfLife(store)
+            self.settler = Settler(
+                store,
+                spool,
+                self.writer,
+                store_is_up=store.connection.wait_up,
+                metrics=metrics,
+                log=log,
+                clock_s=time.time,
+            )
+        self.delivery = Delivery(
+            self.archive, self.writer, outlets.by_mark, metrics=metrics, log=log, clock_s=time.time
+        )
+        self.seen = Seen(str(spool.mark("seen", "")))
+        self.intake = Intake(
+            self.writer,
+            tried_s=self._tried_s,
+            running=self._signs.take if self._signs is not None else lambda _: None,
+            seen=self.seen,
+            metrics=metrics,
+            log=log,
+            recovered=opened.damaged,
+        )
+        journal = JournalFile(
+            settings.state_path / JOURNAL, Position.read(str(spool.mark("journal", ""))), rotated_bytes=ROTATED_BYTES
+        )
+        self.follower = JournalFollower(
+            journal,
+            self.intake,
+            self.writer,
+            reopen=reopener(http, settings.envoy_admin_address),
+            is_full=lambda: self.delivery.waiting >= settings.usage_backlog_max,
+            log=log,
+        )
+        self.reconciliation = Reconciliation(
+            self.seen, http, settings.envoy_admin_address, metrics=metrics, log=log, clock_s=time.time
+        )
 
-    def take(self, ended: Iterable[Finished]) -> None:
-        """Queue what is to be settled; what there is no room for is left to the sweep."""
-        settlements = [s for s in map(settlement_of, ended) if s is not None]
-        if not settlements:
-            return
-        room = self._entries_max - self._held
-        dropped = len(settlements) - room
-        if dropped > 0:
-            self._metrics.dropped.inc(dropped)
-            if not self._full:
-                self._log.error("queue_full", queue_entries=self._held)
-        self._full = dropped > 0
-        self._queue.extend(map(_Waiting, settlements[:room]))
-        self._hold(min(len(settlements), room))
-        self._arrived.set()
+    def tasks(self) -> list[Coroutine[Any, Any, None]]:
+        """What runs as long as the ledger does."""
+        settings, log = self._settings, self._log
+        running = [
+            self.writer.run(),
+            self.delivery.run(),
+            self.follower.run(),
+            self.reconciliation.run(),
+            keep_policies(settings, self.archive, self.writer, log=log),
+            prune_every(
+                PRUNE_S,
+                self._spool,
+                self.writer,
+                self._outlets.prune,
+                kept_s=settings.usage_retention_days * 86400,
+                clock_s=time.time,
+                log=log,
+            ),
+        ]
+        store = self._store
+        if store is None or self.settler is None or self._signs is None:
+            return running
+        return [
+            *running,
+            self.settler.run(),
+            self._signs.run(),
+            beat(store.connection),
+            follow_audit(store.connection, self.archive, self.writer, log=log),
+            sweep_every(
+                settings.usage_sweep_interval_s,
+                store,
+                self.writer,
+                caught_up=self.follower.caught_up.is_set,
+                metrics=self._metrics,
+                log=log,
+            ),
+        ]
 
-    async def run(self) -> None:
-        """Settle what arrives, until cancelled."""
-        while True:
-            await self._arrived.wait()
-            if not await self._store_is_up(STORE_WAIT_S):
-                continue
-            batch = [self._queue.popleft() for _ in range(min(BATCH_MAX, len(self._queue)))]
-            if not self._queue:
-                self._arrived.clear()
-            await self._send(batch)
+    def health(self) -> dict[str, Any]:
+        """For whoever looks after it; ``warnings`` say what somebody should do something about."""
+        late_s, warnings = self.delivery.oldest_s, []
+        if not self.writer.writable:
+            warnings.append("the spool cannot be written: requests wait in memory and in Envoy's journal")
+        if late_s > self._settings.usage_late_warning_s:
+            warnings.append(f"the oldest record that was not handed on is {late_s:.0f} s old")
+        if self.delivery.waiting >= self._settings.usage_backlog_max:
+            warnings.append("the backlog is full: requests wait in Envoy's journal")
+        if self.reconciliation.unaccounted:
+            warnings.append(f"{self.reconciliation.unaccounted} requests are unaccounted for")
+        return {
+            "spool": "writable" if self.writer.writable else "not_writable",
+            "undelivered": self.delivery.waiting,
+            "oldest_undelivered_s": round(late_s, 3),
+            "unaccounted": self.reconciliation.unaccounted,
+            "warnings": warnings,
+        }
 
-    async def drain(self, within_s: float) -> int:
-        """Wait until everything is settled; how much is not, after so long."""
-        try:
-            await asyncio.wait_for(self._empty.wait(), within_s)
-        except TimeoutError:
-            return self._held
-        return 0
+    async def drain(self, within_s: float) -> None:
+        """Finish what was told, as far as it can be done in time; the rest is in the spool or in the journal."""
+        deadline = time.monotonic() + within_s
+        if left := await self.writer.drain(within_s):
+            self._log.error("stopped_before_written", requests=left)
+        if self.settler is not None and not await self.settler.drain(max(0.0, deadline - time.monotonic())):
+            self._log.warning("stopped_before_settled", meaning="it goes on after the next start")
+        await self.writer.drain(max(0.1, deadline - time.monotonic()))
 
-    async def _send(self, batch: list[_Waiting]) -> None:
-        calls = (self._settle(self._to_send(waiting)) for waiting in batch)
-        postponed: list[_Waiting] = []
-        why = ""
-        for waiting, result in zip(batch, await asyncio.gather(*calls, return_exceptions=True), strict=True):
-            match result:
-                case Closing():
-                    self._metrics.settlements.labels(result.outcome).inc()
-                case StoreUnavailable():
-                    if waiting.tried_s is None:
-                        why, waiting.tried_s = str(result), self._clock_s()
-                    postponed.append(waiting)
-                case _:  # our bug, and no reason to keep the others waiting
-                    self._metrics.dropped.inc()
-                    self._log.error("settlement_failed", request_id=waiting.settlement.request_id, exc_info=result)
-        self._hold(len(postponed) - len(batch))
-        if postponed:
-            asyncio.get_running_loop().call_later(self._retry_s, self._put_back, postponed)
-        if why:
-            self._log.warning("settlements_postponed", entries=len(postponed), error=why)
+    def close(self) -> None:
+        """Close the files."""
+        self.writer.close()
+        self.archive.close()
+        self._spool.close()
 
-    def _to_send(self, waiting: _Waiting) -> Settlement:
-        """Once the store no longer knows whether it took it before, nothing is charged that has no entry."""
-        if waiting.tried_s is not None and self._clock_s() - waiting.tried_s > REPEATS_KNOWN_S:
-            return replace(waiting.settlement, charge_to="")
-        return waiting.settlement
+    def _written(self, entries: Sequence[Entry]) -> None:
+        for kind, count in Counter(entry.kind for entry in entries).items():
+            self._metrics.recorded.labels(kind).inc(count)
+        if self.settler is not None:
+            self.settler.take(entries)
+        self.delivery.wake()
 
-    def _put_back(self, postponed: list[_Waiting]) -> None:
-        self._queue.extend(postponed)
-        self._arrived.set()
+    def _tried_s(self) -> int | None:
+        """When what is written now may be told to the limit store."""
+        return int(time.time()) if self._store is not None and self._store.connection.is_up else None
 
-    def _hold(self, more: int) -> None:
-        self._held += more
-        self._metrics.queue_entries.set(self._held)
-        if self._held:
-            self._empty.clear()
-        else:
-            self._empty.set()
+
+@asynccontextmanager
+async def _store(settings: UsageSettings, *, metrics: LedgerMetrics, log: Logger) -> AsyncIterator[ValkeyLimits | None]:
+    """The limit store; None where there is none."""
+    if not settings.redis_addr:
+        log.info("nothing_to_settle", reason="REDIS_ADDR is not set, so nothing is limited")
+        yield None
+        return
+    async with open_limits(
+        settings.redis_addr,
+        log=log,
+        deadline_s=settings.limit_store_deadline_s,
+        overdue_s=settings.limit_overdue_s,
+        on_change=metrics.limit_store_up.set,
+    ) as store:
+        yield store
+
+
+async def run(settings: UsageSettings, stop: asyncio.Event, *, log: Logger) -> None:
+    """Serve until told to stop.
+
+    Raises:
+        SettingsError: the program cannot start.
+    """
+    settings.run_dir.mkdir(parents=True, exist_ok=True)
+    registry = CollectorRegistry()
+    metrics = LedgerMetrics(registry)
+    listeners = tcp_listener("0.0.0.0", settings.usage_metrics_port), unix_listener(settings.run_dir / AUDIT_SOCKET)
+    async with AsyncExitStack() as stack:
+        opened = open_spool(settings.state_path / SPOOL_FILE, log=log)
+        metrics.spool_recovered.inc(int(opened.damaged))
+        outlets = await stack.enter_async_context(open_outlets(settings, log=log))
+        store = await stack.enter_async_context(_store(settings, metrics=metrics, log=log))
+        http = await stack.enter_async_context(httpx.AsyncClient(trust_env=False))
+        ledger = Ledger(settings, opened, store, outlets, http, metrics, log)
+        stack.callback(ledger.close)
+        async with asyncio.TaskGroup() as tasks:
+            running = [tasks.create_task(each) for each in ledger.tasks()]
+            running.append(tasks.create_task(serve(build_app(registry, ledger.health), listeners[0])))
+            running.append(tasks.create_task(serve(build_audit_app(ledger), listeners[1])))
+            server = AccessLogServer(settings.run_dir / USAGE_SOCKET, ledger.intake.receive)
+            await server.start()
+            log.info("ledger_serving", spool=str(opened.spool.path), metrics_port=settings.usage_metrics_port)
+            await stop.wait()
+            log.info("stopping")
+            await server.stop(STREAM_GRACE_S)
+            await ledger.drain(DRAIN_S)
+            for task in running:
+                task.cancel()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, Gauge, generate_latest
 from prometheus_client.gc_collector import GCCollector
 from prometheus_client.process_collector import ProcessCollector
@@ -15,9 +17,17 @@ class LedgerMetrics:
     """Counters and gauges of one ledger; the outcomes are those of :class:`limits.model.Closing`."""
 
     def __init__(self, registry: CollectorRegistry) -> None:
-        self.log_entries = Counter("router_usage_log_entries_total", "Access log entries received.", registry=registry)
+        self.log_entries = Counter(
+            "router_usage_log_entries_total", "Access log entries received by gRPC.", registry=registry
+        )
         self.malformed = Counter(
             "router_usage_malformed_total", "Access log entries and messages that cannot be used.", registry=registry
+        )
+        self.recorded = Counter(
+            "router_usage_requests_total",
+            "Requests written down, by what became of them.",
+            ["kind"],
+            registry=registry,
         )
         self.settlements = Counter(
             "router_usage_settlements_total",
@@ -25,24 +35,58 @@ class LedgerMetrics:
             ["outcome"],
             registry=registry,
         )
-        self.queue_entries = Gauge(
-            "router_usage_queue_entries", "Requests received that the limit store has not taken yet.", registry=registry
+        self.unsettled = Gauge(
+            "router_usage_unsettled_requests",
+            "Requests written down that the limit store has not taken yet, as far as they are in memory.",
+            registry=registry,
+        )
+        self.swept = Counter(
+            "router_usage_swept_total", "Overdue requests closed with what was reserved.", registry=registry
         )
         self.dropped = Counter(
             "router_usage_dropped_total",
-            "Requests not settled but left to the sweep, most because the queue was full.",
+            "Requests left to the journal or the sweep, most because the queue was full.",
+            registry=registry,
+        )
+        self.queue_entries = Gauge(
+            "router_usage_queue_entries", "Requests received that are not written down yet.", registry=registry
+        )
+        self.spool_writable = Gauge(
+            "router_usage_spool_writable", "Whether the spool takes what is written to it.", registry=registry
+        )
+        self.spool_writable.set(1)
+        self.spool_errors = Counter(
+            "router_usage_spool_errors_total", "Writes to the spool that have failed.", registry=registry
+        )
+        self.spool_recovered = Counter(
+            "router_usage_spool_recovered_total", "Starts that found the spool damaged.", registry=registry
+        )
+        self.delivered = Counter(
+            "router_usage_delivered_total", "Records and audit events handed on.", ["topic"], registry=registry
+        )
+        self.undeliverable = Counter(
+            "router_usage_undeliverable_total",
+            "Records and events that the broker refuses for good.",
+            registry=registry,
+        )
+        self.undelivered = Gauge(
+            "router_usage_undelivered_requests", "Requests written down and not handed on yet.", registry=registry
+        )
+        self.oldest_undelivered_s = Gauge(
+            "router_usage_oldest_undelivered_seconds", "Age of the oldest of them; 0: there is none.", registry=registry
+        )
+        self.unaccounted = Gauge(
+            "router_usage_unaccounted_requests",
+            "Requests that Envoy has counted and the ledger does not know.",
             registry=registry,
         )
         self.limit_store_up = Gauge(
             "router_usage_limit_store_up", "Whether the limit store can be used.", registry=registry
         )
-        self.swept = Counter(
-            "router_usage_swept_total", "Overdue requests closed with what was reserved.", registry=registry
-        )
 
 
-def build_app(registry: CollectorRegistry) -> Starlette:
-    """``/metrics`` for Prometheus, ``/healthz`` for whoever wants to know that the program runs."""
+def build_app(registry: CollectorRegistry, health: Callable[[], dict[str, object]]) -> Starlette:
+    """``/metrics`` for Prometheus, ``/healthz`` for whoever wants to know that the program runs, and how well."""
     ProcessCollector(registry=registry)
     GCCollector(registry=registry)
 
@@ -50,6 +94,6 @@ def build_app(registry: CollectorRegistry) -> Starlette:
         return Response(generate_latest(registry), media_type=CONTENT_TYPE_LATEST)
 
     async def healthz(_: Request) -> Response:
-        return JSONResponse({"status": "ok"})
+        return JSONResponse({"status": "ok", **health()})
 
     return Starlette(routes=[Route("/metrics", metrics), Route("/healthz", healthz)])

@@ -15,15 +15,16 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_health.v1._async import HealthServicer
 
 from gateway.names import ACCESS_LOG_SERVICE
+from usage.access_log import Batch, decode, log_name
 
 MESSAGE_MAX_BYTES: Final = 16 * 1024 * 1024
 """Envoy sends some 16 kB at a time, but one entry may have long headers."""
 
 
 class AccessLogServer:
-    """Hands every message of every stream to ``receive``."""
+    """Hands what every message of every stream tells to ``receive``."""
 
-    def __init__(self, socket: Path, receive: Callable[[bytes], None]) -> None:
+    def __init__(self, socket: Path, receive: Callable[[Batch], None]) -> None:
         self._socket = socket
         self._receive = receive
         self._health = HealthServicer()
@@ -37,8 +38,10 @@ class AccessLogServer:
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
 
     async def _stream(self, messages: AsyncIterator[bytes], _: Any) -> bytes:
+        listener = ""
         async for data in messages:
-            self._receive(data)
+            listener = listener or log_name(data)  # only the first message of a stream says it
+            self._receive(decode(data, listener))
         return b""
 
     async def start(self) -> None:

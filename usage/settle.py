@@ -1,52 +1,88 @@
-"""What a request that has ended is charged. Pure; docs/limits.md has the rule in words."""
+"""What a request that has ended has used, and what it is charged. Pure; docs/usage.md has the rule in words."""
 
 from __future__ import annotations
 
-from typing import Final
+from dataclasses import dataclass
+from typing import Final, Literal
 
 from limits.model import Settlement
 from policies.price import cost_micro_usd, dearest
-from usage.access_log import Finished, TokenUsage
+from usage.finished import Finished, TokenUsage, prices_of
 
 BYTES_PER_TOKEN: Final = 4
 """Of an answer whose tokens nobody has counted."""
 STREAM_BYTES_PER_TOKEN: Final = 200
 """Of such a stream: an event of OpenAI's format has about 230 bytes, and most have one token."""
 _FAILED_FROM: Final = 400
-_NOTHING: Final = TokenUsage(tokens_input=0, tokens_output=0, tokens_input_cached=0)
+_CUT: Final = frozenset({"DC", "DR", "DPE", "UC", "UR", "UPE", "LR", "SI", "UMSDR", "DT"})
+"""Flags of an answer that did not come to its end: the client left, or the backend, or it took too long."""
+_NOTHING: Final = TokenUsage(tokens_input=0, tokens_output=0)
+
+Source = Literal["provider", "tokenizer", "estimated", "partial"]
 
 
-def settlement_of(finished: Finished) -> Settlement | None:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Used:
+    """Tokens and what they cost. ``source`` says who counted; None where there was nothing to count."""
+
+    tokens: TokenUsage
+    source: Source | None
+    micro_usd: int
+
+
+def used(finished: Finished) -> Used:
+    """What a request has used.
+
+    Raises:
+        Malformed: its prices cannot be read.
+    """
+    tokens, source = _tokens(finished)
+    prices = prices_of(finished.prices)
+    # A backend that was no candidate at the admission, because the policy has changed since, costs no less.
+    price = prices.get(finished.backend) or dearest(prices.values())
+    micro_usd = cost_micro_usd(
+        price,
+        tokens_input=tokens.tokens_input,
+        tokens_output=tokens.tokens_output,
+        tokens_input_cached=tokens.tokens_input_cached,
+        tokens_output_reasoning=tokens.tokens_output_reasoning,
+    )
+    return Used(tokens=tokens, source=source, micro_usd=micro_usd)
+
+
+def _tokens(finished: Finished) -> tuple[TokenUsage, Source | None]:
+    """What the backend has counted; without that nothing for a failure, and the best count there is for an answer."""
+    if finished.reported is not None:
+        counted = finished.counted
+        if counted is None or finished.reported.tokens_input:
+            return finished.reported, "provider"
+        # A backend that reports one number, of the answer: the question has been counted here.
+        reported = finished.reported
+        return TokenUsage(tokens_input=counted.tokens_input, tokens_output=reported.tokens_output), "provider"
+    if not finished.backend or not 0 < finished.status < _FAILED_FROM:
+        return _NOTHING, None
+    cut = not _CUT.isdisjoint(finished.flags)
+    if finished.counted is not None:
+        return finished.counted, "partial" if cut else "tokenizer"
+    tokens_output = finished.events
+    if not finished.events:
+        tokens_output = -(-finished.body_bytes // (STREAM_BYTES_PER_TOKEN if finished.stream else BYTES_PER_TOKEN))
+    # Nobody is charged more than was granted, but for what somebody has counted.
+    sent = TokenUsage(
+        tokens_input=finished.tokens_input, tokens_output=min(finished.tokens_output or tokens_output, tokens_output)
+    )
+    return sent, "partial" if cut or finished.events else "estimated"
+
+
+def settlement_of(finished: Finished, use: Used) -> Settlement | None:
     """What closes the request's ledger entry; None when it left none open."""
-    if finished.closed:
+    if not finished.admitted:
         return None
-    used = _used(finished)
     return Settlement(
         request_id=finished.request_id,
         organization_id=finished.organization_id,
-        tokens=used.tokens_input + used.tokens_output,
-        micro_usd=cost_micro_usd(
-            # A backend that was no candidate at the admission, because the policy has changed since, costs no less.
-            finished.prices.get(finished.backend) or dearest(finished.prices.values()),
-            tokens_input=used.tokens_input,
-            tokens_output=used.tokens_output,
-            tokens_input_cached=used.tokens_input_cached,
-        ),
-        admitted_s=finished.started_s,
+        tokens=use.tokens.tokens_input + use.tokens.tokens_output,
+        micro_usd=use.micro_usd,
+        admitted_s=finished.started_us // 1_000_000,
         charge_to=finished.charge_to,
-    )
-
-
-def _used(finished: Finished) -> TokenUsage:
-    """What the backend has counted; without that nothing for a failure, and an estimate for an answer.
-
-    An answer without usage is that of a backend which reports none, or one that the client did not wait for.
-    """
-    if finished.usage is not None:
-        return finished.usage
-    if not finished.backend or not 0 < finished.status < _FAILED_FROM:
-        return _NOTHING
-    sent = -(-finished.body_bytes // (STREAM_BYTES_PER_TOKEN if finished.stream else BYTES_PER_TOKEN))
-    return TokenUsage(
-        tokens_input=finished.tokens_input, tokens_output=min(finished.tokens_output, sent), tokens_input_cached=0
     )

@@ -209,7 +209,7 @@ if not counted then return answer end
 -- 5. Count it, and open the ledger entry.
 
 local RATE_KEPT_MAX_MS = 366 * 86400000 -- less where it is full before: a full bucket need not be kept
-local SLOT_KEPT_MS = 300000 -- a slot that nobody frees is not lost for longer; a request that runs longer holds none
+local SLOT_KEPT_MS = 300000 -- a slot that nobody frees is not lost for longer; who still runs is put off by extend.lua
 local deadline_ms = now_ms + overdue_ms
 local touched, rated = {}, 0
 for i = 1, #budgets do

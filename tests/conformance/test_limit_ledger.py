@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from datetime import UTC, datetime
 from typing import Any
 
 import pytest
 
 from gateway.errors import StoreUnavailable
-from limits.model import Admitted, Closing, Demand, Denied, Settlement, charge_to
+from limits.model import Admitted, Closing, Demand, Denied, Opened, Settlement, charge_to
 from policies.limits import SubjectLimits
 from policies.model import Budget, OrganizationId
 from tests.harness.limit_cases import (
@@ -263,3 +264,67 @@ async def test_every_key_but_what_is_open_goes_with_time(valkey: Server) -> None
         start = f"router:{{{org}}}:".encode()
         expected = {b"open", f"entry:{opened.request_id}".encode(), b"parallel:org", b"parallel:key/k1"}
         assert {key.removeprefix(start) for key in valkey.client.scan_iter(start + b"*")} == expected
+
+
+# --- Requests that are still open.
+
+
+async def test_what_is_kept_of_an_open_request_is_what_was_reserved_for_it(case: Case) -> None:
+    org = an_organization()
+    demand = replace(a_demand(org), about='["m","é"]')
+    admission = await case.store.admit(demand, LIMITS)
+    assert isinstance(admission, Admitted)
+    opened = await case.store.opened(org, demand.request_id)
+    assert opened == Opened(
+        request_id=demand.request_id,
+        organization_id=org,
+        key_id=demand.key_id,
+        admitted_ms=admission.at_ms,
+        tokens_input=demand.tokens_input,
+        tokens_output=admission.tokens_output,
+        micro_usd=admission.micro_usd,
+        about=demand.about,
+    )
+
+
+@pytest.mark.parametrize("closed", ["never opened", "settled", "expired"])
+async def test_a_request_that_is_not_open_is_neither_shown_nor_put_off(case: Case, closed: str) -> None:
+    org = an_organization()
+    demand = a_demand(org)
+    if closed != "never opened":
+        await case.store.admit(demand, LIMITS)
+    if closed == "settled":
+        await case.store.settle(used(demand))
+    if closed == "expired":
+        case.pass_time(org, OVERDUE_S + 1)
+        await case.store.expire(org, demand.request_id)
+    before = case.kept(org)
+    assert await case.store.opened(org, demand.request_id) is None
+    assert await case.store.extend(org, demand.request_id) is False
+    assert case.kept(org) == before
+
+
+async def test_a_request_that_is_heard_of_is_not_overdue(case: Case) -> None:
+    org = an_organization()
+    heard, silent = a_demand(org), a_demand(org)
+    await case.store.admit(heard, LIMITS)
+    await case.store.admit(silent, LIMITS)
+    case.pass_time(org, OVERDUE_S - 1)
+    assert await case.store.extend(org, heard.request_id) is True
+    case.pass_time(org, 2)
+    assert await case.store.overdue(org, most=9) == (silent.request_id,)
+    assert (await case.store.expire(org, heard.request_id)).outcome == "none"
+    case.pass_time(org, OVERDUE_S)
+    assert set(await case.store.overdue(org, most=9)) == {heard.request_id, silent.request_id}
+    assert (await case.store.settle(used(heard))).outcome == "settled"
+
+
+async def test_a_request_that_is_heard_of_keeps_its_slot(case: Case) -> None:
+    org = an_organization()
+    limits = limits_for("org", max_parallel=1)
+    running = a_demand(org)
+    await case.store.admit(running, limits)
+    case.pass_time(org, OVERDUE_S - 1)
+    await case.store.extend(org, running.request_id)
+    case.pass_time(org, 2)
+    assert isinstance(await case.store.admit(a_demand(org), limits), Denied)

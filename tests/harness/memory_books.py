@@ -16,6 +16,7 @@ from policies.model import Budget
 SLACK = 1e-6
 CLOCK_MS = 0.01
 SLOT_WAIT_MS = 1000
+SLOT_KEPT_US = 300_000_000
 CLOSED_KEPT_US = 600_000_000
 EXPIRED_KEPT_US = 86_400_000_000
 Period = Literal["DAILY", "MONTHLY"]
@@ -66,6 +67,7 @@ class Entry:
     demand: Demand | None = None
     granted: int = 0
     micro_usd: int = 0
+    admitted_us: int = 0
     spends: list[tuple[Use, int]] = field(default_factory=list)
     buckets: list[Bucket] = field(default_factory=list)
 

@@ -9,7 +9,19 @@ from typing import Literal
 from urllib.parse import unquote
 
 from gateway.errors import StoreUnavailable
-from limits.model import Admission, Admitted, Claimed, Closing, Credit, Demand, Denied, Figure, Settlement, StoredAnswer
+from limits.model import (
+    Admission,
+    Admitted,
+    Claimed,
+    Closing,
+    Credit,
+    Demand,
+    Denied,
+    Figure,
+    Opened,
+    Settlement,
+    StoredAnswer,
+)
 from limits.store import BudgetUnit
 from policies.limits import CallerLimits
 from policies.model import OrganizationId
@@ -17,6 +29,7 @@ from tests.harness.memory_books import (
     CLOSED_KEPT_US,
     EXPIRED_KEPT_US,
     PERIODS,
+    SLOT_KEPT_US,
     Entry,
     Key,
     Line,
@@ -56,7 +69,7 @@ class MemoryLimits:
             figures = _figures(lines_of(organization, limits, (0, 0), now_us), now_us, taken=False)
             return Admitted(at_ms=at_ms, tokens_output=opened.granted, micro_usd=opened.micro_usd, figures=figures)
         output, micro_usd = granted(organization, demand, limits, now_us)
-        entry = Entry("open", now_us + self._overdue_us, demand, output, micro_usd)
+        entry = Entry("open", now_us + self._overdue_us, demand, output, micro_usd, admitted_us=now_us)
         lines = lines_of(organization, limits, entry.reserved, now_us)
         waits = [(line, wait_ms) for line in lines if (wait_ms := line.wait_ms()) != 0]
         figures = _figures(lines, now_us, taken=not waits)
@@ -100,6 +113,35 @@ class MemoryLimits:
         now_us, organization = self._at(organization_id)
         found = [(e.until_us, request_id) for request_id, e in organization.entries.items() if e.state == "open"]
         return tuple(request_id for until_us, request_id in sorted(found) if until_us <= now_us)[:most]
+
+    async def opened(self, organization_id: OrganizationId, request_id: str) -> Opened | None:
+        """See the Protocol."""
+        _, organization = self._at(organization_id)
+        entry = organization.entries.get(request_id)
+        if entry is None or entry.state != "open" or entry.demand is None:
+            return None
+        return Opened(
+            request_id=request_id,
+            organization_id=organization_id,
+            key_id=entry.demand.key_id,
+            admitted_ms=entry.admitted_us // 1000,
+            tokens_input=entry.demand.tokens_input,
+            tokens_output=entry.granted,
+            micro_usd=entry.micro_usd,
+            about=entry.demand.about,
+        )
+
+    async def extend(self, organization_id: OrganizationId, request_id: str) -> bool:
+        """See the Protocol."""
+        now_us, organization = self._at(organization_id)
+        entry = organization.entries.get(request_id)
+        if entry is None or entry.state != "open":
+            return False
+        entry.until_us = max(entry.until_us, now_us + self._overdue_us)
+        for running in organization.parallel.values():
+            if request_id in running:
+                running[request_id] = max(running[request_id], now_us + min(self._overdue_us, SLOT_KEPT_US))
+        return True
 
     async def expire(self, organization_id: OrganizationId, request_id: str) -> Closing:
         """See the Protocol."""

@@ -114,6 +114,7 @@ class Stack:
             str(ENVOY),
             *("-c", str(ROOT / "envoy" / "bootstrap.yaml"), "--config-yaml", json.dumps(admin)),
             *("--disable-hot-restart", "--concurrency", "2", "--log-level", "warning"),
+            *("--file-flush-interval-msec", "500"),
             *("--component-log-level", "misc:error"),
         )
 

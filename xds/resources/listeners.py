@@ -5,7 +5,17 @@ Nothing here depends on a policy, because a changed listener drains every open c
 
 from __future__ import annotations
 
-from envoy_data_plane.envoy.config.accesslog.v3 import AccessLog, AccessLogFilter, MetadataFilter
+from envoy_data_plane.envoy.config.accesslog.v3 import (
+    AccessLog,
+    AccessLogFilter,
+    AndFilter,
+    ComparisonFilter,
+    ComparisonFilterOp,
+    LogTypeFilter,
+    OrFilter,
+    ResponseFlagFilter,
+    StatusCodeFilter,
+)
 from envoy_data_plane.envoy.config.core.v3 import (
     ApiVersion,
     GrpcService,
@@ -13,6 +23,7 @@ from envoy_data_plane.envoy.config.core.v3 import (
     Http2ProtocolOptions,
     HttpProtocolOptions,
     HttpProtocolOptionsHeadersWithUnderscoresAction,
+    RuntimeUInt32,
     SubstitutionFormatString,
 )
 from envoy_data_plane.envoy.config.listener.v3 import (
@@ -22,6 +33,8 @@ from envoy_data_plane.envoy.config.listener.v3 import (
     ListenerInternalListenerConfig,
 )
 from envoy_data_plane.envoy.config.trace.v3 import OpenTelemetryConfig, TracingHttp
+from envoy_data_plane.envoy.data.accesslog.v3 import AccessLogType
+from envoy_data_plane.envoy.extensions.access_loggers.file.v3 import FileAccessLog
 from envoy_data_plane.envoy.extensions.access_loggers.grpc.v3 import (
     CommonGrpcAccessLogConfig,
     HttpGrpcAccessLogConfig,
@@ -30,6 +43,7 @@ from envoy_data_plane.envoy.extensions.access_loggers.stream.v3 import StdoutAcc
 from envoy_data_plane.envoy.extensions.filters.network.http_connection_manager.v3 import (
     HttpConnectionManager,
     HttpConnectionManagerCodecType,
+    HttpConnectionManagerHcmAccessLogOptions,
     HttpConnectionManagerPathWithEscapedSlashesAction,
     HttpConnectionManagerTracing,
     Rds,
@@ -39,11 +53,10 @@ from envoy_data_plane.envoy.extensions.filters.network.http_connection_manager.v
     ScopedRoutesScopeKeyBuilderFragmentBuilder,
     ScopedRoutesScopeKeyBuilderFragmentBuilderHeaderValueExtractor,
 )
-from envoy_data_plane.envoy.type.matcher.v3 import MetadataMatcher, MetadataMatcherPathSegment, ValueMatcher
 from envoy_data_plane.google.protobuf import Any
 
 from gateway import names
-from gateway.settings import XdsSettings
+from gateway.settings import JOURNAL, XdsSettings
 from xds.resources.encode import ads, seconds, socket_address, struct
 from xds.resources.filters import early_header_mutation, internal_filters, public_filters
 from xds.resources.local_replies import internal_replies, public_replies
@@ -53,6 +66,7 @@ STREAM_IDLE_S = 900.0
 """A stream without a byte for so long is over; reasoning models are silent for minutes."""
 LEDGER_DELAY_S = 0.02
 """Until the ledger is told of a request's end: only then is its place among those allowed at once free again."""
+_WHEN_ENDED = AccessLogFilter(log_type_filter=LogTypeFilter(types=[AccessLogType.DownstreamEnd]))
 
 
 def log_of_requests() -> AccessLog:
@@ -83,20 +97,19 @@ def log_of_requests() -> AccessLog:
     }
     return AccessLog(
         name="envoy.access_loggers.stdout",
+        filter=_WHEN_ENDED,
         typed_config=Any.pack(StdoutAccessLog(log_format=SubstitutionFormatString(json_format=struct(fields)))),
     )
 
 
-def log_for_ledger() -> AccessLog:
-    """Requests of a known organisation, to the ledger. While it is down they are dropped, and nothing waits for it."""
-    known = MetadataMatcher(
-        filter=names.METADATA_NAMESPACE,
-        path=[MetadataMatcherPathSegment(key=names.METADATA_ORGANIZATION)],
-        value=ValueMatcher(present_match=True),
-    )
+def log_for_ledger(listener: str, only: AccessLogFilter | None = None) -> AccessLog:
+    """What becomes of requests, to the ledger by gRPC.
+
+    Nothing waits for the ledger: what it does not take is lost here, and found in the journal.
+    """
     config = HttpGrpcAccessLogConfig(
         common_config=CommonGrpcAccessLogConfig(
-            log_name=names.LISTENER_PUBLIC,
+            log_name=listener,
             grpc_service=GrpcService(
                 envoy_grpc=GrpcServiceEnvoyGrpc(cluster_name=names.CLUSTER_USAGE, skip_envoy_headers=True)
             ),
@@ -105,11 +118,51 @@ def log_for_ledger() -> AccessLog:
         ),
         additional_response_headers_to_log=[names.HEADER_ROUTING_BACKEND, names.HEADER_ROUTING_DECISION],
     )
+    return AccessLog(name="envoy.access_loggers.http_grpc", filter=only, typed_config=Any.pack(config))
+
+
+def journal(settings: XdsSettings, listener: str, only: AccessLogFilter) -> AccessLog:
+    """The same, a JSON line each, in a file that the ledger reads and removes."""
+    metadata = (names.METADATA_NAMESPACE, names.LIMITS_NAMESPACE, names.USAGE_NAMESPACE, names.COUNTED_NAMESPACE)
+    fields = {
+        "listener": listener,
+        "request_id": f"%REQ({names.HEADER_REQUEST_ID})%",
+        "started": "%START_TIME(%s.%f)%",
+        "duration_ms": "%DURATION%",
+        "path": "%REQ(X-ENVOY-ORIGINAL-PATH?:PATH)%",
+        "status": "%RESPONSE_CODE%",
+        "flags": "%RESPONSE_FLAGS%",
+        "attempts": "%UPSTREAM_REQUEST_ATTEMPT_COUNT%",
+        "body_bytes": "%BYTES_SENT%",
+        "cluster": "%UPSTREAM_CLUSTER_RAW%",
+        "backend": f"%RESP({names.HEADER_ROUTING_BACKEND})%",
+        "decision": f"%RESP({names.HEADER_ROUTING_DECISION})%",
+        **{namespace: f"%DYNAMIC_METADATA({namespace})%" for namespace in metadata},
+    }
     return AccessLog(
-        name="envoy.access_loggers.http_grpc",
-        filter=AccessLogFilter(metadata_filter=MetadataFilter(matcher=known, match_if_key_not_found=False)),
-        typed_config=Any.pack(config),
+        name="envoy.access_loggers.file",
+        filter=only,
+        typed_config=Any.pack(
+            FileAccessLog(
+                path=str(settings.state_path.absolute() / JOURNAL),
+                log_format=SubstitutionFormatString(json_format=struct(fields), omit_empty_values=True),
+            )
+        ),
     )
+
+
+def _failed() -> AccessLogFilter:
+    """Requests that have ended without an answer below 400, or not as they should."""
+    status = ComparisonFilter(
+        op=ComparisonFilterOp.GE, value=RuntimeUInt32(default_value=400, runtime_key="router.failed_from")
+    )
+    bad = OrFilter(
+        filters=[
+            AccessLogFilter(status_code_filter=StatusCodeFilter(comparison=status)),
+            AccessLogFilter(response_flag_filter=ResponseFlagFilter()),
+        ]
+    )
+    return AccessLogFilter(and_filter=AndFilter(filters=[_WHEN_ENDED, AccessLogFilter(or_filter=bad)]))
 
 
 def _tracing(settings: XdsSettings) -> HttpConnectionManagerTracing | None:
@@ -150,7 +203,14 @@ def public_listener(settings: XdsSettings) -> Listener:
         http_filters=public_filters(),
         early_header_mutation_extensions=[early_header_mutation()],
         local_reply_config=public_replies(),
-        access_log=[log_of_requests(), log_for_ledger()],
+        access_log=[
+            log_of_requests(),
+            log_for_ledger(names.LISTENER_PUBLIC),
+            journal(settings, names.LISTENER_PUBLIC, _WHEN_ENDED),
+        ],
+        access_log_options=HttpConnectionManagerHcmAccessLogOptions(
+            access_log_flush_interval=seconds(settings.sign_of_life_s)
+        ),
         tracing=_tracing(settings),
         use_remote_address=True,
         generate_request_id=True,
@@ -188,6 +248,11 @@ def backends_listener(settings: XdsSettings) -> Listener:
         http_filters=internal_filters(),
         local_reply_config=internal_replies(),
         generate_request_id=False,
+        # Of the attempts at backends those that failed; of the one that answered the public listener tells.
+        access_log=[
+            log_for_ledger(names.LISTENER_BACKENDS, _failed()),
+            journal(settings, names.LISTENER_BACKENDS, _failed()),
+        ],
         tracing=_tracing(settings),
         stream_idle_timeout=seconds(STREAM_IDLE_S),
         http2_protocol_options=Http2ProtocolOptions(

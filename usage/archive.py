@@ -1,0 +1,215 @@
+"""Reads the spool, beside whoever writes it: what is to be handed on, and what is asked for."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import sqlite3
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final, NamedTuple, TypeVar
+
+T = TypeVar("T")
+
+_REQUEST: Final = (
+    "seq, request_id, revision, client_request_id, organization_id, kind, started_us, record, told, settled"
+)
+_EVENT: Final = "seq, event_id, request_id, organization_id, actor, action, created_us, metadata"
+
+
+class Outgoing(NamedTuple):
+    """What is needed of a request to hand it on; ``record`` is None where nothing is billed."""
+
+    seq: int
+    request_id: str
+    organization_id: str
+    kind: str
+    started_us: int
+    record: str | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class KeptRequest:
+    """A request as it was written down; ``record`` is None where nothing is billed."""
+
+    seq: int
+    request_id: str
+    revision: int
+    client_request_id: str
+    organization_id: str
+    kind: str
+    started_us: int
+    record: str | None
+    told: Mapping[str, Any]
+    settled: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class KeptEvent:
+    """An audit event as it was written down. ``metadata`` is a JSON object."""
+
+    seq: int
+    event_id: str
+    request_id: str
+    organization_id: str
+    actor: str
+    action: str
+    created_us: int
+    metadata: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class KeptAttempt:
+    """One attempt at a backend that failed."""
+
+    backend: str
+    status: int
+    flags: tuple[str, ...]
+    started_us: int
+    duration_ms: int
+
+
+class Archive:
+    """A connection that reads, in a thread of its own. Methods raise sqlite3.Error."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="archive")
+        self._db: sqlite3.Connection | None = None
+
+    async def call(self, work: Callable[[sqlite3.Connection], T]) -> T:
+        """Do something with the connection, in its thread."""
+        return await asyncio.get_running_loop().run_in_executor(self._thread, lambda: work(self._connected()))
+
+    def close(self) -> None:
+        """End the thread."""
+        self._thread.submit(self._disconnect)
+        self._thread.shutdown(wait=True)
+
+    async def outgoing(self, *, after: int, most: int) -> list[Outgoing]:
+        """Requests in the order in which they were written."""
+        query = (
+            "SELECT seq, request_id, organization_id, kind, started_us, record FROM requests"
+            " WHERE seq > ? ORDER BY seq LIMIT ?"
+        )
+        return await self.call(lambda db: [Outgoing(*row) for row in db.execute(query, (after, most))])
+
+    async def outgoing_events(self, *, after: int, most: int) -> list[KeptEvent]:
+        """Audit events in the order in which they were written."""
+        query = f"SELECT {_EVENT} FROM events WHERE seq > ? ORDER BY seq LIMIT ?"  # noqa: S608 - names of ours
+        return await self.call(lambda db: [_event(row) for row in db.execute(query, (after, most))])
+
+    async def backlog(self, *, after: int) -> tuple[int, int | None]:
+        """How many requests are not handed on, at most, and when the oldest of them began (unix microseconds)."""
+
+        def look(db: sqlite3.Connection) -> tuple[int, int | None]:
+            [(last,)] = db.execute("SELECT max(seq) FROM requests")
+            oldest = db.execute(
+                "SELECT started_us FROM requests WHERE seq > ? ORDER BY seq LIMIT 1", (after,)
+            ).fetchone()
+            return (0, None) if oldest is None else (last - after, oldest[0])
+
+        return await self.call(look)
+
+    async def request(self, request_id: str) -> KeptRequest | None:
+        """By its own id, or the newest by the id that its client gave it."""
+
+        def look(db: sqlite3.Connection) -> KeptRequest | None:
+            for where in ("request_id = ?", "client_request_id = ? ORDER BY seq DESC"):
+                query = f"SELECT {_REQUEST} FROM requests WHERE {where} LIMIT 1"  # noqa: S608 - names of ours
+                if (row := db.execute(query, (request_id,)).fetchone()) is not None:
+                    return _request(row)
+            return None
+
+        return await self.call(look)
+
+    async def attempts(self, request_id: str) -> list[KeptAttempt]:
+        """Attempts of a request that failed, in order."""
+
+        def look(db: sqlite3.Connection) -> list[KeptAttempt]:
+            rows = db.execute(
+                "SELECT backend, status, flags, started_us, duration_ms FROM attempts"
+                " WHERE request_id = ? ORDER BY started_us",
+                (request_id,),
+            )
+            return [
+                KeptAttempt(
+                    backend=backend,
+                    status=status,
+                    flags=tuple(flags.split(",")) if flags else (),
+                    started_us=started_us,
+                    duration_ms=duration_ms,
+                )
+                for backend, status, flags, started_us, duration_ms in rows
+            ]
+
+        return await self.call(look)
+
+    async def events_of(self, request_id: str) -> list[KeptEvent]:
+        """Audit events of a request, in order."""
+        query = f"SELECT {_EVENT} FROM events WHERE request_id = ? AND request_id <> '' ORDER BY seq"  # noqa: S608
+        return await self.call(lambda db: [_event(row) for row in db.execute(query, (request_id,))])
+
+    async def policy(self, digest: str) -> str | None:
+        """The policy that a digest stands for, as :mod:`usage.policies` keeps it."""
+
+        def look(db: sqlite3.Connection) -> str | None:
+            row = db.execute("SELECT document FROM policies WHERE digest = ?", (digest,)).fetchone()
+            return None if row is None else str(row[0])
+
+        return await self.call(look)
+
+    async def mark(self, name: str, default: Any) -> Any:
+        """A mark as it was last written."""
+
+        def look(db: sqlite3.Connection) -> Any:
+            row = db.execute("SELECT value FROM marks WHERE name = ?", (name,)).fetchone()
+            return default if row is None else row[0]
+
+        return await self.call(look)
+
+    async def tallies(self) -> dict[str, int]:
+        """How many requests of each kind the journal has told of."""
+        return await self.call(lambda db: dict(db.execute("SELECT kind, requests FROM tallies")))
+
+    def _connected(self) -> sqlite3.Connection:
+        if self._db is None:
+            self._db = sqlite3.connect(f"file:{self._path}?mode=ro", uri=True, isolation_level=None)
+        return self._db
+
+    def _disconnect(self) -> None:
+        if self._db is not None:
+            self._db.close()
+            self._db = None
+
+
+def _request(row: Sequence[Any]) -> KeptRequest:
+    seq, request_id, revision, client_request_id, organization_id, kind, started_us, record, told, settled = row
+    return KeptRequest(
+        seq=seq,
+        request_id=request_id,
+        revision=revision,
+        client_request_id=client_request_id or "",
+        organization_id=organization_id,
+        kind=kind,
+        started_us=started_us,
+        record=record,
+        told=json.loads(told),
+        settled=bool(settled),
+    )
+
+
+def _event(row: Sequence[Any]) -> KeptEvent:
+    seq, event_id, request_id, organization_id, actor, action, created_us, metadata = row
+    return KeptEvent(
+        seq=seq,
+        event_id=event_id,
+        request_id=request_id,
+        organization_id=organization_id,
+        actor=actor,
+        action=action,
+        created_us=created_us,
+        metadata=metadata,
+    )

@@ -1,0 +1,216 @@
+"""From the spool to whoever bills: records and audit events, in the order in which they were written.
+
+Three streams, each with a mark and an outlet of its own, so that one that is refused does not hold up the others. What
+the outlet has taken is marked in the spool; what it has not is offered again, in order. So each message comes at least
+once, and again only where the mark was lost: readers know it by its ``record_id`` or ``event_id``.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import sqlite3
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from typing import Any, Final
+
+from gateway.audit import AuditAction
+from gateway.telemetry import Logger
+from usage.archive import Archive, KeptEvent, Outgoing
+from usage.metrics import LedgerMetrics
+from usage.outlet import BATCH_MAX, Message, Outlet, Refused
+from usage.record import MICRO, iso
+from usage.spool import ALLOWED_MARK, EVENTS_MARK, RECORDS_MARK, Changes
+from usage.writer import Writer
+
+RECORDS_TOPIC: Final = "usage.records.v1"
+EVENTS_TOPIC: Final = "audit.events.v1"
+RETRY_S: Final = 1.0
+LOOK_S: Final = 0.5
+
+Places = Sequence[tuple[int, Message | None]]
+"""What is next in a stream, by its place; None where nothing is handed on of it."""
+
+
+class Stream:
+    """One stream: where it stands, and what comes next."""
+
+    def __init__(self, mark: str, outlet: Outlet, read: Callable[[int], Awaitable[Places]]) -> None:
+        self.mark = mark
+        self.outlet = outlet
+        self.read = read
+        self.at = 0
+        self.stopped = False
+        self.written = asyncio.Event()
+
+
+class Delivery:
+    """See above."""
+
+    def __init__(
+        self,
+        archive: Archive,
+        writer: Writer,
+        outlets: Mapping[str, Outlet],
+        *,
+        metrics: LedgerMetrics,
+        log: Logger,
+        clock_s: Callable[[], float],
+        retry_s: float = RETRY_S,
+    ) -> None:
+        """``outlets`` by the marks of the streams."""
+        self._archive = archive
+        self._writer = writer
+        self._metrics = metrics
+        self._log = log
+        self._clock_s = clock_s
+        self._retry_s = retry_s
+        self._records = Stream(RECORDS_MARK, outlets[RECORDS_MARK], self._read_records)
+        self._streams = (
+            self._records,
+            Stream(ALLOWED_MARK, outlets[ALLOWED_MARK], self._read_allowed),
+            Stream(EVENTS_MARK, outlets[EVENTS_MARK], self._read_events),
+        )
+        self.waiting = 0
+        """Requests that have not been handed on."""
+        self.oldest_s = 0.0
+        """Age of the oldest of them."""
+
+    def wake(self) -> None:
+        """There is something new."""
+        for stream in self._streams:
+            stream.written.set()
+
+    async def run(self) -> None:
+        """Hand on what is written, until cancelled."""
+        async with asyncio.TaskGroup() as tasks:
+            for stream in self._streams:
+                tasks.create_task(self._follow(stream))
+
+    async def _follow(self, stream: Stream) -> None:
+        stream.at = int(await self._archive.mark(stream.mark, 0))
+        while True:
+            stream.written.clear()
+            try:
+                more = await self._hand_on(stream)
+                if stream is self._records:
+                    await self._measure()
+            except sqlite3.Error as error:
+                self._log.error("spool_not_readable", error=str(error))
+                more = False
+            if stream.stopped:
+                await asyncio.sleep(self._retry_s)
+            elif not more:
+                # Whoever writes wakes this; now and then it looks by itself.
+                with contextlib.suppress(TimeoutError):
+                    await asyncio.wait_for(stream.written.wait(), LOOK_S)
+
+    async def _hand_on(self, stream: Stream) -> bool:
+        """Hand on the next part of a stream; whether there may be more."""
+        places = await stream.read(stream.at)
+        if not places:
+            return False
+        messages = [(place, message) for place, message in places if message is not None]
+        safe = await self._deliver(stream, messages)
+        at = places[-1][0] if safe == len(messages) else messages[safe][0] - 1
+        if at > stream.at:
+            stream.at = at
+            self._writer.insist(Changes(marks={stream.mark: at}))
+        return safe == len(messages) and len(places) == BATCH_MAX
+
+    async def _deliver(self, stream: Stream, messages: Sequence[tuple[int, Message]]) -> int:
+        """How many messages, from the first on, need not be offered again."""
+        safe, why = 0, ""
+        while safe < len(messages) and not why:
+            rest = [message for _, message in messages[safe:]]
+            try:
+                count = await stream.outlet.deliver(rest)
+                why = "" if count == len(rest) else "the outlet is down"
+            except Refused as refused:
+                count = refused.safe
+                if refused.of_topic:
+                    why = str(refused)
+                else:
+                    self._set_aside(refused)
+                    safe += 1
+            self._metrics.delivered.labels(rest[0].topic).inc(count)
+            safe += count
+        if bool(why) != stream.stopped:
+            stream.stopped = bool(why)
+            if why:
+                self._log.warning("delivery_stopped", stream=stream.mark, error=why)
+            else:
+                self._log.info("delivery_resumed", stream=stream.mark)
+        return safe
+
+    def _set_aside(self, refused: Refused) -> None:
+        """A message that will never be taken stays in the spool; somebody has to look at it."""
+        self._metrics.undeliverable.inc()
+        self._log.error("undeliverable", id=refused.message.id, topic=refused.message.topic, error=refused.reason)
+
+    async def _measure(self) -> None:
+        self.waiting, oldest_us = await self._archive.backlog(after=self._records.at)
+        self.oldest_s = 0.0 if oldest_us is None else max(0.0, self._clock_s() - oldest_us / MICRO)
+        self._metrics.undelivered.set(self.waiting)
+        self._metrics.oldest_undelivered_s.set(self.oldest_s)
+
+    async def _read_records(self, after: int) -> Places:
+        found = await self._archive.outgoing(after=after, most=BATCH_MAX)
+        return [(request.seq, _record_message(request)) for request in found]
+
+    async def _read_allowed(self, after: int) -> Places:
+        found = await self._archive.outgoing(after=after, most=BATCH_MAX)
+        return [(request.seq, _allowed_message(request)) for request in found]
+
+    async def _read_events(self, after: int) -> Places:
+        found = await self._archive.outgoing_events(after=after, most=BATCH_MAX)
+        return [(event.seq, _message(event_json(event))) for event in found]
+
+
+def _record_message(request: Outgoing) -> Message | None:
+    if request.record is None:
+        return None
+    fields = json.loads(request.record)
+    return Message(
+        id=fields["record_id"], topic=RECORDS_TOPIC, key=request.organization_id, value=request.record.encode()
+    )
+
+
+def _allowed_message(request: Outgoing) -> Message | None:
+    if request.record is None or request.kind != "forwarded":
+        return None
+    return _message(allowed_event(request, json.loads(request.record)))
+
+
+def _message(event: Mapping[str, Any]) -> Message:
+    value = json.dumps(event, ensure_ascii=False, separators=(",", ":")).encode()
+    return Message(id=event["event_id"], topic=EVENTS_TOPIC, key=event["organization_id"], value=value)
+
+
+_ABOUT: Final = ("model", "backend_id", "decision_reason", "status", "policy_version", "cost_micro_usd", "trace_id")
+
+
+def allowed_event(request: Outgoing, record: Mapping[str, Any]) -> dict[str, Any]:
+    """The audit event of a request that was let through, made of its record."""
+    return {
+        "event_id": f"{request.request_id}:allowed",
+        "request_id": request.request_id,
+        "organization_id": request.organization_id,
+        "actor": record["api_key_id"],
+        "action": AuditAction.REQUEST_ALLOWED.value,
+        "created_at": iso(request.started_us),
+        "metadata": {name: record[name] for name in _ABOUT if name in record},
+    }
+
+
+def event_json(event: KeptEvent) -> dict[str, Any]:
+    """An audit event as the contract has it."""
+    return {
+        "event_id": event.event_id,
+        "request_id": event.request_id,
+        "organization_id": event.organization_id,
+        "actor": event.actor,
+        "action": event.action,
+        "created_at": iso(event.created_us),
+        "metadata": json.loads(event.metadata),
+    }

@@ -1,0 +1,86 @@
+"""Follows the journal: takes its lines as they come, and has it rotated."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from typing import Final
+
+import httpx
+
+from gateway.telemetry import Logger
+from usage.intake import Intake
+from usage.journal_file import JournalFile
+from usage.writer import Writer
+
+POLL_S: Final = 0.2
+REOPEN_TIMEOUT_S: Final = 2.0
+
+
+class JournalFollower:
+    """See above. ``reopen`` tells Envoy to open its log files anew; while ``is_full`` holds nothing is taken."""
+
+    def __init__(
+        self,
+        journal: JournalFile,
+        intake: Intake,
+        writer: Writer,
+        *,
+        reopen: Callable[[], Awaitable[None]],
+        is_full: Callable[[], bool],
+        log: Logger,
+        poll_s: float = POLL_S,
+    ) -> None:
+        self._journal = journal
+        self._intake = intake
+        self._writer = writer
+        self._reopen = reopen
+        self._is_full = is_full
+        self._log = log
+        self._poll_s = poll_s
+        self._failing = False
+        self.caught_up = asyncio.Event()
+        """Set once everything has been read that was there; whatever is missing then has been lost on the way."""
+
+    async def run(self) -> None:
+        """Follow until cancelled."""
+        while True:
+            try:
+                if await self._step():
+                    continue
+                self._failing = False
+            except (OSError, httpx.HTTPError) as error:
+                if not self._failing:
+                    self._failing = True
+                    self._log.error("journal_unusable", error=f"{type(error).__name__}: {error}")
+            await asyncio.sleep(self._poll_s)
+
+    async def _step(self) -> bool:
+        """Whether there may be more."""
+        if self._is_full():
+            self.caught_up.clear()
+            return False
+        lines = self._journal.read()
+        if lines:
+            await self._intake.take_journal(lines, self._journal.position.written())
+            return True
+        self.caught_up.set()
+        if self._journal.has_old:
+            # What was in it is in the spool's file, and not only in the log that a crash could cut.
+            await self._writer.write_through()
+            self._journal.forget_old()
+        elif self._journal.is_large:
+            self._journal.rotate()
+        if self._journal.is_aside:
+            await self._reopen()
+        return False
+
+
+def reopener(http: httpx.AsyncClient, envoy_admin: str) -> Callable[[], Awaitable[None]]:
+    """Tells the Envoy whose admin interface is at ``host:port``. Envoy docs: "Administration interface"."""
+
+    async def reopen() -> None:
+        response = await http.post(f"http://{envoy_admin}/reopen_logs", timeout=REOPEN_TIMEOUT_S)
+        response.raise_for_status()
+
+    return reopen

@@ -1,0 +1,122 @@
+"""What Envoy tells, twice: at once by gRPC, and in the journal. Each request is taken once.
+
+The journal has every request, and it alone is counted: a line is read once. By the time it is, most requests are known
+already, and nothing but their kind has to be remembered for the count.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from typing import Final
+
+from gateway.telemetry import Logger
+from usage.access_log import Batch, Running
+from usage.entries import entry_of
+from usage.finished import FailedAttempt, Finished, Malformed
+from usage.journal import decode_line, is_attempt, request_id_of
+from usage.metrics import LedgerMetrics
+from usage.reconcile import Seen
+from usage.record import MICRO, Kind, kind_of
+from usage.spool import Changes
+from usage.writer import Writer
+
+KNOWN_MAX: Final = 100_000
+"""Requests told of by gRPC that the journal has not told of yet."""
+
+
+class Intake:
+    """Puts what it is told into the writer's queue."""
+
+    def __init__(
+        self,
+        writer: Writer,
+        *,
+        tried_s: Callable[[], int | None],
+        running: Callable[[Sequence[Running]], None],
+        seen: Seen,
+        metrics: LedgerMetrics,
+        log: Logger,
+        recovered: bool = False,
+        known_max: int = KNOWN_MAX,
+    ) -> None:
+        """The collaborators.
+
+        Args:
+            writer: takes what is to be written.
+            tried_s: unix second at which the limit store may be told of what is written now; None: it is down.
+            running: is told of signs of life.
+            seen: counts the requests that the journal tells of.
+            metrics: counts.
+            log: is told of what cannot be used.
+            recovered: the spool is not what it was, so the limit store may know of requests that the spool does not.
+            known_max: bounds what is remembered.
+        """
+        self._writer = writer
+        self._tried_s = tried_s
+        self._running = running
+        self._seen = seen
+        self._metrics = metrics
+        self._log = log
+        self._recovered = recovered
+        self._known_max = known_max
+        self._known: OrderedDict[str, tuple[Kind, int]] = OrderedDict()
+
+    def receive(self, batch: Batch) -> None:
+        """Take what came by gRPC. Never waits: what there is no room for comes again by the journal."""
+        for problem in batch.malformed:
+            self._malformed(problem)
+        self._metrics.log_entries.inc(len(batch.finished) + len(batch.attempts))
+        changes, known, tried_s = Changes(attempts=list(batch.attempts)), {}, self._tried_s()
+        for ended in batch.finished:
+            if self._add(changes, ended, tried_s):
+                known[ended.request_id] = (kind_of(ended), ended.started_us // MICRO)
+        if (changes.entries or changes.attempts) and not self._writer.offer(changes):
+            self._metrics.dropped.inc(len(changes.entries))
+            known = {}
+        self._known.update(known)
+        while len(self._known) > self._known_max:
+            self._known.popitem(last=False)
+        if batch.running:
+            self._running(batch.running)
+
+    async def take_journal(self, lines: Sequence[bytes], position: str) -> None:
+        """Take lines of the journal, and write down with them that it has been read up to ``position``."""
+        changes, tried_s = Changes(), self._tried_s()
+        for line in lines:
+            self._add_line(changes, line, tried_s)
+        changes.marks = {"journal": position, "seen": self._seen.written()}
+        await self._writer.write(changes)
+
+    def _add_line(self, changes: Changes, line: bytes, tried_s: int | None) -> None:
+        known = None if is_attempt(line) else self._known.pop(request_id_of(line), None)
+        if known is None:
+            try:
+                told = decode_line(line)
+            except Malformed as error:
+                self._malformed(f"{error}: {line[:200]!r}")
+                return
+            if isinstance(told, FailedAttempt):
+                changes.attempts.append(told)
+                return
+            known = (kind_of(told), told.started_us // MICRO)
+            if self._recovered:
+                tried_s = (told.started_us + 1000 * told.duration_ms) // MICRO
+            self._add(changes, told, tried_s)
+        kind, started_s = known
+        changes.tallies[kind] += 1
+        self._seen.add(started_s)
+
+    def _add(self, changes: Changes, ended: Finished, tried_s: int | None) -> bool:
+        try:
+            entry = entry_of(ended, tried_s=tried_s)
+        except Malformed as error:
+            self._malformed(f"{ended.request_id}: {error}")
+            return False
+        if entry is not None:
+            changes.entries.append(entry)
+        return True
+
+    def _malformed(self, problem: str) -> None:
+        self._metrics.malformed.inc()
+        self._log.error("access_log_malformed", problem=problem)

@@ -1,0 +1,39 @@
+"""Removes what has been kept long enough, a little at a time."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from functools import partial
+from typing import Final
+
+from gateway.telemetry import Logger
+from usage.record import MICRO
+from usage.spool import Spool
+from usage.writer import Writer
+
+INTERVAL_S: Final = 60.0
+PAUSE_S: Final = 0.05
+"""Between two deletions, for those who write."""
+
+
+async def prune_every(
+    interval_s: float,
+    spool: Spool,
+    writer: Writer,
+    prune_files: Callable[[float], Awaitable[object]],
+    *,
+    kept_s: float,
+    clock_s: Callable[[], float],
+    log: Logger,
+) -> None:
+    """Prune again and again, until cancelled; what has not been handed on stays."""
+    while True:
+        before_s, removed = clock_s() - kept_s, 0
+        while some := await writer.call(partial(spool.prune, before_us=int(before_s * MICRO))):
+            removed += some
+            await asyncio.sleep(PAUSE_S)
+        await prune_files(before_s)
+        if removed:
+            log.info("pruned", rows=removed)
+        await asyncio.sleep(interval_s)

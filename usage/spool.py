@@ -1,0 +1,333 @@
+"""What the ledger has written down: every request, what became of it, and how far it was handed on. SQLite, WAL mode.
+
+Nothing else sees a request before it is here: a write returns when it is on the disk. One writer, so all writes go
+through one thread; whoever only reads has a connection of their own. ADR 0010 says why SQLite and what it costs.
+"""
+
+from __future__ import annotations
+
+import json
+import sqlite3
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Final, Literal
+
+from gateway.audit import AuditEvent
+from limits.model import Settlement
+from policies.model import OrganizationId
+from usage.finished import FailedAttempt
+from usage.record import MICRO, Kind
+
+_SCHEMA: Final = """
+CREATE TABLE IF NOT EXISTS requests (
+  seq INTEGER PRIMARY KEY AUTOINCREMENT,
+  request_id TEXT NOT NULL UNIQUE,
+  revision INTEGER NOT NULL,
+  client_request_id TEXT,
+  organization_id TEXT NOT NULL,
+  kind TEXT NOT NULL,
+  started_us INTEGER NOT NULL,
+  record TEXT,
+  told TEXT NOT NULL,
+  settlement TEXT,
+  tried_s INTEGER,
+  settled INTEGER NOT NULL
+);
+CREATE INDEX IF NOT EXISTS requests_started ON requests (started_us);
+CREATE INDEX IF NOT EXISTS requests_client ON requests (client_request_id) WHERE client_request_id IS NOT NULL;
+CREATE INDEX IF NOT EXISTS requests_unsettled ON requests (seq) WHERE settled = 0;
+CREATE TABLE IF NOT EXISTS attempts (
+  request_id TEXT NOT NULL, started_us INTEGER NOT NULL, backend TEXT NOT NULL,
+  status INTEGER NOT NULL, flags TEXT NOT NULL, duration_ms INTEGER NOT NULL,
+  PRIMARY KEY (request_id, started_us, backend)
+) WITHOUT ROWID;
+CREATE INDEX IF NOT EXISTS attempts_started ON attempts (started_us);
+CREATE TABLE IF NOT EXISTS events (
+  seq INTEGER PRIMARY KEY AUTOINCREMENT,
+  event_id TEXT NOT NULL UNIQUE,
+  request_id TEXT NOT NULL,
+  organization_id TEXT NOT NULL,
+  actor TEXT NOT NULL,
+  action TEXT NOT NULL,
+  created_us INTEGER NOT NULL,
+  metadata TEXT NOT NULL
+);
+CREATE INDEX IF NOT EXISTS events_created ON events (created_us);
+CREATE INDEX IF NOT EXISTS events_request ON events (request_id) WHERE request_id <> '';
+CREATE TABLE IF NOT EXISTS tallies (kind TEXT PRIMARY KEY, requests INTEGER NOT NULL) WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS policies (digest TEXT PRIMARY KEY, document TEXT NOT NULL) WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS marks (name TEXT PRIMARY KEY, value) WITHOUT ROWID;
+"""
+_TABLES: Final = {
+    "requests": "seq",
+    "events": "seq",
+    "attempts": "request_id",
+    "policies": "digest",
+    "tallies": "kind",
+    "marks": "name",
+}
+_INSERT: Final = """INSERT OR IGNORE INTO requests (request_id, revision, client_request_id, organization_id, kind,
+started_us, record, told, settlement, tried_s, settled) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)"""
+RECORDS_MARK: Final = "records_delivered"
+ALLOWED_MARK: Final = "allowed_delivered"
+EVENTS_MARK: Final = "events_delivered"
+"""Marks of how far the streams have been handed on; the first two are places of requests, the last of events."""
+PRUNED_AT_ONCE: Final = 2000
+EXPIRE: Final = "expire"
+"""In the place of a settlement: close the open entry with what was reserved."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Entry:
+    """A request as it is written down. ``record`` is None where nothing is billed, ``settlement`` where none is open.
+
+    Of two entries of one request the one with the higher ``revision`` stands. ``tried_s``: the limit store may know of
+    the settlement since then.
+    """
+
+    request_id: str
+    revision: int
+    client_request_id: str
+    organization_id: OrganizationId
+    kind: Kind
+    started_us: int
+    record: str | None
+    told: str
+    settlement: Settlement | Literal["expire"] | None
+    tried_s: int | None = None
+
+
+@dataclass(slots=True)
+class Changes:
+    """What is written together, or not at all."""
+
+    entries: list[Entry] = field(default_factory=list)
+    attempts: list[FailedAttempt] = field(default_factory=list)
+    events: list[AuditEvent] = field(default_factory=list)
+    settled: list[str] = field(default_factory=list)
+    tried: list[tuple[int, str]] = field(default_factory=list)
+    """Unix seconds and request id."""
+    tallies: Counter[str] = field(default_factory=Counter)
+    marks: dict[str, int | str] = field(default_factory=dict)
+    policies: list[tuple[str, str]] = field(default_factory=list)
+    """Digests, and what they stand for."""
+
+    def add(self, other: Changes) -> None:
+        """Write another's together with these."""
+        self.entries += other.entries
+        self.attempts += other.attempts
+        self.events += other.events
+        self.settled += other.settled
+        self.tried += other.tried
+        self.tallies += other.tallies
+        self.marks |= other.marks
+        self.policies += other.policies
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Undelivered:
+    """A request or an event that is to be handed on; ``seq`` is its place in the order."""
+
+    seq: int
+    entry: dict[str, Any]
+
+
+class Spool:
+    """The database file. Every method blocks, and raises sqlite3.Error when the disk does not do what it should."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._db = sqlite3.connect(path, isolation_level=None, check_same_thread=False, cached_statements=64)
+        self._db.execute("PRAGMA auto_vacuum = INCREMENTAL")
+        self._db.execute("PRAGMA journal_mode = WAL")
+        self._db.execute("PRAGMA synchronous = FULL")  # a commit is on the disk, not only with the kernel
+        self._db.execute("PRAGMA wal_autocheckpoint = 4000")
+        self._db.executescript(_SCHEMA)
+
+    def close(self) -> None:
+        """Fold the log into the file."""
+        self._db.close()
+
+    def write(self, changes: Changes) -> list[Entry]:
+        """Write everything, or nothing; which entries were not there before."""
+        self._db.execute("BEGIN IMMEDIATE")
+        try:
+            fresh = [entry for entry in changes.entries if self._put(entry)]
+            self._put_others(changes)
+            self._db.execute("COMMIT")
+        except BaseException:
+            if self._db.in_transaction:
+                self._db.execute("ROLLBACK")
+            raise
+        return fresh
+
+    def _put(self, entry: Entry) -> bool:
+        row = _row(entry)
+        if self._db.execute(_INSERT, row).rowcount:
+            return True
+        gone = self._db.execute(
+            "DELETE FROM requests WHERE request_id = ? AND revision < ?", (entry.request_id, entry.revision)
+        ).rowcount
+        return bool(gone and self._db.execute(_INSERT, row).rowcount)
+
+    def _put_others(self, changes: Changes) -> None:
+        self._db.executemany(
+            "INSERT OR IGNORE INTO attempts VALUES (?, ?, ?, ?, ?, ?)",
+            (
+                (a.request_id, a.started_us, a.backend, a.status, ",".join(a.flags), a.duration_ms)
+                for a in changes.attempts
+            ),
+        )
+        self._db.executemany(
+            "INSERT OR IGNORE INTO events (event_id, request_id, organization_id, actor, action, created_us, metadata)"
+            " VALUES (?, ?, ?, ?, ?, ?, ?)",
+            map(_event_row, changes.events),
+        )
+        self._db.executemany("UPDATE requests SET tried_s = ? WHERE request_id = ?", changes.tried)
+        self._db.executemany("UPDATE requests SET settled = 1 WHERE request_id = ?", ((i,) for i in changes.settled))
+        self._db.executemany(
+            "INSERT INTO tallies VALUES (?, ?)"
+            " ON CONFLICT (kind) DO UPDATE SET requests = requests + excluded.requests",
+            changes.tallies.items(),
+        )
+        self._db.executemany(
+            "INSERT INTO marks VALUES (?, ?) ON CONFLICT (name) DO UPDATE SET value = excluded.value",
+            changes.marks.items(),
+        )
+        self._db.executemany("INSERT OR IGNORE INTO policies VALUES (?, ?)", changes.policies)
+
+    def mark(self, name: str, default: Any) -> Any:
+        """A mark as it was last written."""
+        row = self._db.execute("SELECT value FROM marks WHERE name = ?", (name,)).fetchone()
+        return default if row is None else row[0]
+
+    def unsettled(self, *, most: int) -> list[Entry]:
+        """The oldest entries that the limit store has not taken, without what only matters to others."""
+        found = self._db.execute(
+            "SELECT request_id, organization_id, settlement, tried_s FROM requests"
+            " WHERE settled = 0 ORDER BY seq LIMIT ?",
+            (most,),
+        )
+        return list(map(_entry_of, found))
+
+    def frames(self) -> int:
+        """How many frames of the log count. SQLite docs: "PRAGMA wal_checkpoint"."""
+        return int(self._db.execute("PRAGMA wal_checkpoint(PASSIVE)").fetchone()[1])
+
+    def is_sound(self) -> bool:
+        """Whether the file holds together; takes seconds where it is large."""
+        return bool(self._db.execute("PRAGMA quick_check(1)").fetchone()[0] == "ok")
+
+    def take_over(self, damaged: Path) -> int:
+        """Copy what can still be read of another file; how many rows."""
+        copied = 0
+        other = sqlite3.connect(f"file:{damaged}?mode=ro", uri=True, isolation_level=None)
+        try:
+            for table, key in _TABLES.items():
+                for order in ("ASC", "DESC"):  # from both ends up to the damage
+                    copied += self._copy(other, table, f"{key} {order}")
+        finally:
+            other.close()
+        return copied
+
+    def _copy(self, other: sqlite3.Connection, table: str, order: str) -> int:
+        copied = 0
+        try:
+            for row in other.execute(f"SELECT * FROM {table} ORDER BY {order}"):  # noqa: S608 - names of ours
+                marks = ", ".join("?" * len(row))
+                added = self._db.execute(f"INSERT OR IGNORE INTO {table} VALUES ({marks})", row).rowcount  # noqa: S608
+                if not added:
+                    break  # the other end has come as far as this
+                copied += 1
+        except sqlite3.DatabaseError:
+            return copied
+        return copied
+
+    def checkpoint(self) -> None:
+        """Fold the whole log into the file, so that nothing hangs on the log any more."""
+        self._db.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+
+    def prune(self, *, before_us: int) -> int:
+        """Remove some of what is older, was handed on and is settled; how much."""
+        delivered = min(int(self.mark(mark, 0)) for mark in (RECORDS_MARK, ALLOWED_MARK))
+        told = int(self.mark(EVENTS_MARK, 0))
+        removed = self._db.execute(
+            "DELETE FROM requests WHERE seq IN (SELECT seq FROM requests"
+            " WHERE started_us < ? AND seq <= ? AND settled = 1 LIMIT ?)",
+            (before_us, delivered, PRUNED_AT_ONCE),
+        ).rowcount
+        removed += self._db.execute(
+            "DELETE FROM events WHERE seq IN (SELECT seq FROM events WHERE created_us < ? AND seq <= ? LIMIT ?)",
+            (before_us, told, PRUNED_AT_ONCE),
+        ).rowcount
+        removed += self._db.execute(
+            "DELETE FROM attempts WHERE started_us IN (SELECT started_us FROM attempts WHERE started_us < ? LIMIT ?)",
+            (before_us, PRUNED_AT_ONCE),
+        ).rowcount
+        if removed:
+            self._db.execute("PRAGMA incremental_vacuum(200)").fetchall()
+        return removed
+
+
+def _row(entry: Entry) -> tuple[Any, ...]:
+    settlement = entry.settlement
+    return (
+        entry.request_id,
+        entry.revision,
+        entry.client_request_id or None,
+        entry.organization_id,
+        entry.kind,
+        entry.started_us,
+        entry.record,
+        entry.told,
+        _written(settlement),
+        entry.tried_s,
+        int(settlement is None),
+    )
+
+
+def _written(settlement: Settlement | Literal["expire"] | None) -> str | None:
+    if settlement is None or settlement == EXPIRE:
+        return settlement
+    return json.dumps((settlement.tokens, settlement.micro_usd, settlement.admitted_s, settlement.charge_to))
+
+
+def _entry_of(row: Sequence[Any]) -> Entry:
+    request_id, organization_id, written, tried_s = row
+    settlement: Settlement | Literal["expire"] = EXPIRE
+    if written != EXPIRE:
+        tokens, micro_usd, admitted_s, charge_to = json.loads(written)
+        settlement = Settlement(
+            request_id=request_id,
+            organization_id=OrganizationId(organization_id),
+            tokens=tokens,
+            micro_usd=micro_usd,
+            admitted_s=admitted_s,
+            charge_to=charge_to,
+        )
+    return Entry(
+        request_id=request_id,
+        revision=0,
+        client_request_id="",
+        organization_id=OrganizationId(organization_id),
+        kind="forwarded",
+        started_us=0,
+        record=None,
+        told="",
+        settlement=settlement,
+        tried_s=tried_s,
+    )
+
+
+def _event_row(event: AuditEvent) -> tuple[Any, ...]:
+    return (
+        event.event_id,
+        event.request_id,
+        event.organization_id,
+        event.actor,
+        event.action.value,
+        round(event.created_at * MICRO),
+        json.dumps(dict(event.metadata), separators=(",", ":")),
+    )

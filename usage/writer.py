@@ -1,0 +1,150 @@
+"""The queue before the spool: what it has taken is written down in order, however long the disk fails."""
+
+from __future__ import annotations
+
+import asyncio
+import sqlite3
+from collections import deque
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from typing import Final, TypeVar
+
+from gateway.telemetry import Logger
+from usage.metrics import LedgerMetrics
+from usage.spool import Changes, Entry, Spool
+
+ENTRIES_MAX: Final = 50_000
+"""Entries that wait to be written; a request has some 2 kB."""
+TOGETHER_MAX: Final = 500
+RETRY_S: Final = 0.5
+T = TypeVar("T")
+
+
+class Writer:
+    """Owns the thread that writes. ``written`` is told of entries that were not there before, once they are safe."""
+
+    def __init__(
+        self,
+        spool: Spool,
+        *,
+        written: Callable[[Sequence[Entry]], None],
+        metrics: LedgerMetrics,
+        log: Logger,
+        entries_max: int = ENTRIES_MAX,
+        retry_s: float = RETRY_S,
+    ) -> None:
+        self._spool = spool
+        self._written = written
+        self._metrics = metrics
+        self._log = log
+        self._entries_max = entries_max
+        self._retry_s = retry_s
+        self._queue: deque[tuple[Changes, asyncio.Future[None] | None]] = deque()
+        self._held = 0
+        self._arrived = asyncio.Event()
+        self._room = asyncio.Event()
+        self._room.set()
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="spool")
+        self.writable = True
+
+    @property
+    def held(self) -> int:
+        """Entries that are not written yet."""
+        return self._held
+
+    def offer(self, changes: Changes) -> bool:
+        """Take changes to be written; False where there is no room."""
+        if self._held + len(changes.entries) > self._entries_max:
+            return False
+        self._take(changes, None)
+        return True
+
+    def insist(self, changes: Changes) -> None:
+        """Take changes to be written, room or not: for small ones that must not be lost."""
+        self._take(changes, None)
+
+    async def write(self, changes: Changes) -> None:
+        """Wait for room, and until everything is on the disk."""
+        await self._room.wait()
+        safe: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._take(changes, safe)
+        await safe
+
+    async def call(self, work: Callable[[], T]) -> T:
+        """Do something with the spool, in its thread, until it can be done."""
+        while True:
+            try:
+                done = await asyncio.get_running_loop().run_in_executor(self._thread, work)
+            except sqlite3.Error as error:
+                self._failed(error)
+                await asyncio.sleep(self._retry_s)
+                continue
+            if not self.writable:
+                self.writable = True
+                self._metrics.spool_writable.set(1)
+                self._log.info("spool_writable", entries=self._held)
+            return done
+
+    async def write_through(self) -> None:
+        """Wait until everything so far is in the spool's own file."""
+        await self.write(Changes())
+        await self.call(self._spool.checkpoint)
+
+    async def run(self) -> None:
+        """Write what arrives, until cancelled."""
+        while True:
+            await self._arrived.wait()
+            together, waiting = self._next()
+            fresh = await self.call(partial(self._spool.write, together))
+            self._hold(-len(together.entries))
+            for future in waiting:
+                if not future.done():
+                    future.set_result(None)
+            if fresh:
+                self._written(fresh)
+
+    async def drain(self, within_s: float) -> int:
+        """Wait until everything is written; how much is not, after so long."""
+        try:
+            async with asyncio.timeout(within_s):
+                await self.write(Changes())
+        except TimeoutError:
+            return self._held
+        return 0
+
+    def close(self) -> None:
+        """End the thread; what is not written is lost."""
+        self._thread.shutdown(wait=True, cancel_futures=True)
+
+    def _take(self, changes: Changes, safe: asyncio.Future[None] | None) -> None:
+        self._queue.append((changes, safe))
+        self._hold(len(changes.entries))
+        self._arrived.set()
+
+    def _next(self) -> tuple[Changes, list[asyncio.Future[None]]]:
+        """What is written in one go."""
+        together, waiting = Changes(), []
+        while self._queue and len(together.entries) < TOGETHER_MAX:
+            changes, safe = self._queue.popleft()
+            together.add(changes)
+            if safe is not None:
+                waiting.append(safe)
+        if not self._queue:
+            self._arrived.clear()
+        return together, waiting
+
+    def _failed(self, error: sqlite3.Error) -> None:
+        self._metrics.spool_errors.inc()
+        if self.writable:
+            self.writable = False
+            self._metrics.spool_writable.set(0)
+            self._log.error("spool_not_writable", error=str(error), path=str(self._spool.path))
+
+    def _hold(self, more: int) -> None:
+        self._held += more
+        self._metrics.queue_entries.set(self._held)
+        if self._held >= self._entries_max:
+            self._room.clear()
+        else:
+            self._room.set()
