@@ -9,7 +9,8 @@ from __future__ import annotations
 import asyncio
 import hashlib
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from functools import lru_cache
 from typing import Final, NamedTuple, Protocol
 
 from extproc.access_log import of_limits
@@ -26,7 +27,18 @@ from gateway import names
 from gateway.endpoints import Endpoint
 from gateway.errors import Reason, Refused, StoreUnavailable
 from limits.about import About
-from limits.model import BUDGET_PERIODS, Admission, Claim, Demand, Denied, LimitKind, StoredAnswer, charge_to
+from limits.model import (
+    BUDGET_PERIODS,
+    Admission,
+    Admitted,
+    Claim,
+    Demand,
+    Denied,
+    Figure,
+    LimitKind,
+    StoredAnswer,
+    charge_to,
+)
 from limits.store import LimitStore
 from policies.limits import ASSUMED_OUTPUT_TOKENS, CallerLimits
 from policies.price import micro_usd_of
@@ -165,14 +177,11 @@ async def limit(
         admission = await _admit(limiter, limiter.store, demand, limits)
     except StoreUnavailable as error:
         _without_store(limiter, demand, limits, error)
-        return _grant(limits, costs, ask, asked, demand, granted=asked.total, bound=limits.has_budgets)
+        return _grant(limits, costs, ask, asked, demand=demand, admitted=None)
     admitted = admitted_or_refused(admission)
     if isinstance(admitted, StoredAnswer):
         return admitted
-    has_budgets = any(figure.kind in BUDGET_PERIODS for figure in admitted.figures)
-    grant = _grant(limits, costs, ask, asked, demand, granted=admitted.tokens_output, bound=has_budgets)
-    figures = (*grant.figures, *rate_headers(admitted.figures), *of_limits(admitted.figures))
-    return replace(grant, figures=figures, claim=call.claim)
+    return _grant(limits, costs, ask, asked, demand=demand, admitted=admitted)
 
 
 def _about(ask: Ask, call: Call, table: PolicyTable, costs: Costs) -> str:
@@ -205,18 +214,30 @@ def _demand(caller: Caller, call: Call, about: str, *, costs: Costs, asked: Outp
     )
 
 
+_charge_to: Final = lru_cache(maxsize=4096)(charge_to)
+
+
 def _grant(
-    limits: CallerLimits, costs: Costs, ask: Ask, asked: Output, demand: Demand, *, granted: int, bound: bool
+    limits: CallerLimits, costs: Costs, ask: Ask, asked: Output, *, demand: Demand, admitted: Admitted | None
 ) -> Grant:
-    """``bound``: some budget pays, so that the backend must not answer with more than was reserved."""
-    named = not asked.assumed or not (bound and limits.clamp_output)
+    """``admitted`` None: the store is down, and the request is let through; its key claims nothing."""
+    consulted: tuple[Figure, ...] = ()
+    granted, has_budgets, claim = asked.total, limits.has_budgets, None
+    if admitted is not None:
+        granted, consulted, claim = admitted.tokens_output, admitted.figures, demand.claim
+        has_budgets = any(figure.kind in BUDGET_PERIODS for figure in consulted)
+    # Where some budget pays, the backend must not answer with more than was reserved.
+    named = not asked.assumed or not (has_budgets and limits.clamp_output)
     return Grant(
         edits=() if named and granted == asked.total else clamp(ask, granted // asked.choices),
-        metadata=((names.METADATA_PRICES, costs.written), (names.METADATA_CHARGE_TO, charge_to(limits))),
+        metadata=((names.METADATA_PRICES, costs.written), (names.METADATA_CHARGE_TO, _charge_to(limits))),
         figures=(
             (names.METADATA_TOKENS_INPUT, str(demand.tokens_input)),
             (names.METADATA_TOKENS_OUTPUT, str(granted)),
+            *rate_headers(consulted),
+            *of_limits(consulted),
         ),
+        claim=claim,
         tokens_input=demand.tokens_input,
     )
 

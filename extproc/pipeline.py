@@ -86,7 +86,7 @@ _NO_HEAD: Final = Head(headers={}, endpoint=_MODELS, started_s=0.0)
 class Decision:
     """One request on its way through the pipeline."""
 
-    __slots__ = ("_answering", "_ask", "_caller", "_deciders", "_head", "_phase", "_table", "_traceparent")
+    __slots__ = ("_answering", "_ask", "_asked", "_caller", "_deciders", "_head", "_phase", "_table", "_traceparent")
 
     def __init__(self, deciders: Deciders, traceparent: str | None) -> None:
         self._deciders = deciders
@@ -96,6 +96,7 @@ class Decision:
         self._head = _NO_HEAD
         self._caller: Caller | None = None
         self._ask: Ask | None = None
+        self._asked: Metadata = ()
         self._answering: Answering | None = None
 
     async def on_event(self, event: Event) -> Command:
@@ -128,16 +129,15 @@ class Decision:
             return self._models(path, self._caller)
         require_scope(self._caller, "inference")
         self._check_body_to_come(event)
-        return Continue(metadata=self._asked())
-
-    def _asked(self) -> Metadata:
-        return access_log.asked(self._caller, self._head.endpoint, self._table.digest)
+        self._asked = access_log.asked(self._caller, head.endpoint, self._table.digest)
+        return Continue(metadata=self._asked)
 
     def _replied(self, reply: Reply, reason: str, *, closed: bool, figures: tuple[Figure, ...] = ()) -> Reply:
         """The reply with what the access log is told of it."""
         said = access_log.replied(reason, self._ask, closed=closed)
         limits = (*access_log.of_request(self._ask, self._trace()), *access_log.of_limits(figures))
-        return replace(reply, metadata=(*self._asked(), *said), limits=limits)
+        asked = self._asked or access_log.asked(self._caller, self._head.endpoint, self._table.digest)
+        return replace(reply, metadata=(*asked, *said), limits=limits)
 
     def _models(self, path: str, caller: Caller) -> Reply:
         reply = model_list(path.removeprefix(MODELS_PATH).strip("/"), caller, self._table)
@@ -186,7 +186,7 @@ class Decision:
             choice,
             endpoint,
             grant.edits,
-            metadata=(*self._asked(), *grant.metadata),
+            metadata=(*self._asked, *grant.metadata),
             figures=grant.figures + access_log.of_request(ask, trace),
         )
         if ask.inference is not None or grant.claim is not None or not choice.reports_usage:

@@ -103,6 +103,24 @@ def early_header_mutation() -> TypedExtensionConfig:
     )
 
 
+def _workers() -> GrpcService:
+    return GrpcService(
+        envoy_grpc=GrpcServiceEnvoyGrpc(cluster_name=names.CLUSTER_EXTPROC, skip_envoy_headers=True),
+        retry_policy=RetryPolicy(
+            retry_on="connect-failure,refused-stream,reset-before-request",
+            num_retries=2,
+            # Not the dead worker again, which load balancing would offer until its health check has failed.
+            retry_host_predicate=[
+                RetryPolicyRetryHostPredicate(
+                    name="envoy.retry_host_predicates.previous_hosts",
+                    typed_config=Any.pack(PreviousHostsPredicate()),
+                )
+            ],
+            host_selection_retry_max_attempts=5,
+        ),
+    )
+
+
 def ext_proc() -> HttpFilter:
     """Two messages a request: headers, then the whole body. Fails closed.
 
@@ -113,21 +131,7 @@ def ext_proc() -> HttpFilter:
     return http_filter(
         EXT_PROC,
         ExternalProcessor(
-            grpc_service=GrpcService(
-                envoy_grpc=GrpcServiceEnvoyGrpc(cluster_name=names.CLUSTER_EXTPROC, skip_envoy_headers=True),
-                retry_policy=RetryPolicy(
-                    retry_on="connect-failure,refused-stream,reset-before-request",
-                    num_retries=2,
-                    # Not the dead worker again, which load balancing would offer until its health check has failed.
-                    retry_host_predicate=[
-                        RetryPolicyRetryHostPredicate(
-                            name="envoy.retry_host_predicates.previous_hosts",
-                            typed_config=Any.pack(PreviousHostsPredicate()),
-                        )
-                    ],
-                    host_selection_retry_max_attempts=5,
-                ),
-            ),
+            grpc_service=_workers(),
             processing_mode=ProcessingMode(
                 request_header_mode=ProcessingModeHeaderSendMode.SEND,
                 request_body_mode=ProcessingModeBodySendMode.BUFFERED,

@@ -51,6 +51,8 @@ STATUS_TIMEOUT_S = 0.8
 _OVERHEAD_US = f"{names.INTERNAL_HEADER_PREFIX}overhead-us"
 """Set by the route, turned into milliseconds by the virtual host, removed by the route configuration: Envoy evaluates
 response headers in this order, and one level sees only what an earlier one has added."""
+_UNDECIDED = RouteAction(cluster=names.CLUSTER_UNROUTED)
+"""A cluster route, because only with one does Envoy honour request_body_buffer_limit."""
 WEIGHT_TOTAL = 100_000_000
 """Weights are scaled to about this total, so that weight 1 is a share nobody is sent to first."""
 
@@ -222,37 +224,13 @@ def unrouted_routes(settings: XdsSettings, *, silent: bool) -> RouteConfiguratio
 
     ``silent``: some backend reports no usage. Which one answers is known when it does, so ext_proc is told of all.
     """
-    translated = _answers_seen(ProcessingModeBodySendMode.BUFFERED)
-    # An answer that may be asked for again is kept while it passes, part by part.
-    kept = _answers_seen(ProcessingModeBodySendMode.STREAMED)
-    # Their headers tell ext_proc which backend has answered; it asks for the body where it has to count.
-    plain = _answers_seen(ProcessingModeBodySendMode.NONE) if silent else {}
-    with_key = HeaderMatcher(name=names.HEADER_IDEMPOTENCY_KEY, present_match=True)
     nothing = {EXT_PROC: Any.pack(ExtProcPerRoute(disabled=True))}
-    # A cluster route, because only with one does Envoy honour request_body_buffer_limit.
-    undecided = RouteAction(cluster=names.CLUSTER_UNROUTED)
-    routes = [
-        Route(
-            match=RouteMatch(path=endpoint.path, headers=[_exactly(":method", endpoint.method), with_key]),
-            route=undecided,
-            typed_per_filter_config=kept,
-        )
-        for endpoint in POST_ENDPOINTS
-        if endpoint.path != INFERENCE_PATH
-    ]
-    routes += [
-        Route(
-            match=RouteMatch(path=endpoint.path, headers=[_exactly(":method", endpoint.method)]),
-            route=undecided,
-            typed_per_filter_config=translated if endpoint.path == INFERENCE_PATH else plain,
-        )
-        for endpoint in POST_ENDPOINTS
-    ]
     get = [_exactly(":method", "GET")]
     alive = json.dumps({"status": "ok", "service": settings.service_name, "version": VERSION})
-    routes += [
-        Route(match=RouteMatch(path=MODELS_PATH, headers=get), route=undecided),
-        Route(match=RouteMatch(prefix=f"{MODELS_PATH}/", headers=get), route=undecided),
+    routes = [
+        *_inference_routes(silent=silent),
+        Route(match=RouteMatch(path=MODELS_PATH, headers=get), route=_UNDECIDED),
+        Route(match=RouteMatch(prefix=f"{MODELS_PATH}/", headers=get), route=_UNDECIDED),
         Route(
             match=RouteMatch(path=READYZ_PATH, headers=get),
             route=RouteAction(cluster=names.CLUSTER_STATUS, timeout=seconds(STATUS_TIMEOUT_S)),
@@ -272,6 +250,29 @@ def unrouted_routes(settings: XdsSettings, *, silent: bool) -> RouteConfiguratio
     ]
     host = VirtualHost(name="unrouted", domains=["*"], routes=routes, request_body_buffer_limit=settings.buffer_bytes)
     return RouteConfiguration(name=names.model_routes(names.SCOPE_UNROUTED), virtual_hosts=[host])
+
+
+def _inference_routes(*, silent: bool) -> Iterator[Route]:
+    translated = _answers_seen(ProcessingModeBodySendMode.BUFFERED)
+    # An answer that may be asked for again is kept while it passes, part by part.
+    kept = _answers_seen(ProcessingModeBodySendMode.STREAMED)
+    # Their headers tell ext_proc which backend has answered; it asks for the body where it has to count.
+    plain = _answers_seen(ProcessingModeBodySendMode.NONE) if silent else {}
+    with_key = HeaderMatcher(name=names.HEADER_IDEMPOTENCY_KEY, present_match=True)
+    for endpoint in POST_ENDPOINTS:
+        method = _exactly(":method", endpoint.method)
+        inference = endpoint.path == INFERENCE_PATH
+        if not inference:
+            yield Route(
+                match=RouteMatch(path=endpoint.path, headers=[method, with_key]),
+                route=_UNDECIDED,
+                typed_per_filter_config=kept,
+            )
+        yield Route(
+            match=RouteMatch(path=endpoint.path, headers=[method]),
+            route=_UNDECIDED,
+            typed_per_filter_config=translated if inference else plain,
+        )
 
 
 def scope(model: str) -> ScopedRouteConfiguration:
