@@ -20,6 +20,7 @@ from tests.harness.stack import Stack
 
 _Message: Final = message_classes("usage", "access_log.binpb")("envoy.service.accesslog.v3.StreamAccessLogsMessage")
 
+_ENDED: Final = 6  # AccessLogType.DownstreamEnd
 Said = dict[str, Any]
 """Dynamic metadata of one namespace."""
 
@@ -65,10 +66,15 @@ class AccessLog:
     def __init__(self) -> None:
         self._told: dict[str, Told] = {}
 
-    def take(self, data: bytes) -> None:
-        """One message of the stream."""
-        for entry in _Message.FromString(data).http_logs.log_entry:
-            self._told[entry.request.request_id] = Told(entry)
+    def take(self, messages: Iterator[bytes]) -> None:
+        """One stream; only of the public listener's does anything count, and of it the ends of requests."""
+        listener = ""
+        for data in messages:
+            message = _Message.FromString(data)
+            listener = message.identifier.log_name or listener  # the first message alone has it
+            for entry in message.http_logs.log_entry if listener == names.LISTENER_PUBLIC else ():
+                if entry.common_properties.access_log_type == _ENDED:
+                    self._told[entry.request.request_id] = Told(entry)
 
     def of(self, response: httpx.Response | str) -> Told:
         """What was told of a response's request, once it is."""
@@ -85,8 +91,7 @@ def access_log_of(stack: Stack) -> Iterator[AccessLog]:
 
     def stream(messages: Iterator[bytes], _: grpc.ServicerContext) -> bytes:
         with contextlib.suppress(grpc.RpcError):  # Envoy has gone
-            for message in messages:
-                log.take(message)
+            log.take(messages)
         return b""
 
     server = grpc.server(ThreadPoolExecutor(4))
