@@ -93,16 +93,21 @@ class StatusReporter:
         policy: Callable[[], Policy],
         workers: Callable[[], tuple[int, int]],
         ping_store: Callable[[], Awaitable[object]] | None,
+        ledger: httpx.AsyncClient,
         service: str,
         version: str,
     ) -> None:
-        """``workers`` gives how many run and how many should; ``ping_store`` is None where none is configured."""
+        """``workers`` gives how many run and how many should; ``ping_store`` is None where none is configured.
+
+        ``ledger`` is connected to the ledger's socket, whatever the host of a URL is.
+        """
         self._http = http
         self._envoy_admin = envoy_admin
         self._xds_admin = xds_admin
         self._policy = policy
         self._workers = workers
         self._ping_store = ping_store
+        self._ledger = ledger
         self._service = service
         self._version = version
         self._looking: asyncio.Task[Report] | None = None
@@ -117,15 +122,15 @@ class StatusReporter:
         return await asyncio.shield(self._looking)
 
     async def _look(self) -> Report:
-        (envoy, clusters), xds, store = await asyncio.gather(self._envoy(), self._xds(), self._store())
+        (envoy, clusters), xds, store, usage = await asyncio.gather(
+            self._envoy(), self._xds(), self._store(), self._usage()
+        )
         running, wanted = self._workers()
         serving = [s for s in clusters.get(names.CLUSTER_EXTPROC, []) if s == "healthy"] if clusters else []
         extproc = Component(
             status="up" if running and (serving or clusters is None) else "down",
             detail={"workers": running, "workers_wanted": wanted, "workers_serving": len(serving)},
         )
-        ledger = clusters.get(names.CLUSTER_USAGE, []) if clusters else []
-        usage = Component(status="up" if "healthy" in ledger else "down")
         backends = backend_statuses(self._policy(), clusters)
         ready_backends = sum(status in _SERVING for status in backends.values())
         ready = envoy.status == "up" and extproc.status == "up" and ready_backends > 0
@@ -133,6 +138,7 @@ class StatusReporter:
         whole = (
             all(component.status != "down" for component in components.values())
             and not xds.detail.get("warnings")
+            and not usage.detail.get("warnings")
             and running == wanted
             and all(status == "healthy" for status in backends.values())
         )
@@ -150,11 +156,11 @@ class StatusReporter:
         }
         return Report(http_status=200 if ready else 503, body=body)
 
-    async def _get(self, url: str) -> Any:
+    async def _get(self, url: str, http: httpx.AsyncClient | None = None) -> Any:
         """JSON at ``url``, or None when it did not come in time."""
         try:
             async with asyncio.timeout(CHECK_TIMEOUT_S):
-                response = await self._http.get(url)
+                response = await (http or self._http).get(url)
                 return response.json()
         except (TimeoutError, httpx.HTTPError, ValueError):
             return None
@@ -177,6 +183,13 @@ class StatusReporter:
                 "warnings": [*found.get("problems", []), *found.get("fleet", {}).get("behind", [])],
             },
         )
+
+    async def _usage(self) -> Component:
+        found = await self._get("http://ledger/healthz", self._ledger)
+        if found is None:
+            return Component(status="down")
+        told = ("undelivered", "oldest_undelivered_s", "unaccounted", "warnings")
+        return Component(status="up", detail={name: found[name] for name in told if name in found})
 
     async def _store(self) -> Component:
         if self._ping_store is None:

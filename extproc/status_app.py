@@ -22,7 +22,7 @@ from extproc.policy import FollowedPolicy
 from extproc.status import StatusReporter
 from gateway.endpoints import READYZ_PATH
 from gateway.http import serve, tcp_listener, unix_listener
-from gateway.settings import ExtprocSettings
+from gateway.settings import AUDIT_SOCKET, ExtprocSettings
 from gateway.telemetry import Logger
 
 
@@ -69,7 +69,12 @@ async def serve_status(
 ) -> None:
     """Serve status and metrics until cancelled."""
     policy = FollowedPolicy(settings, log=log)
-    async with httpx.AsyncClient(trust_env=False) as http, _store_ping(settings) as ping_store:
+    to_ledger = httpx.AsyncHTTPTransport(uds=str(settings.run_dir / AUDIT_SOCKET))
+    async with (
+        httpx.AsyncClient(trust_env=False) as http,
+        httpx.AsyncClient(transport=to_ledger) as ledger,
+        _store_ping(settings) as ping_store,
+    ):
         reporter = StatusReporter(
             http=http,
             envoy_admin=settings.envoy_admin_address,
@@ -77,6 +82,7 @@ async def serve_status(
             policy=lambda: policy.table().index.policy,
             workers=workers,
             ping_store=ping_store,
+            ledger=ledger,
             service=settings.service_name,
             version=version,
         )

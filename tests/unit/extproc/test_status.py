@@ -63,7 +63,7 @@ def host(*, ejected: bool = False, sick: bool = False) -> dict[str, Any]:
 
 def clusters(**hosts: dict[str, Any]) -> dict[str, Any]:
     """Clusters of one host each; it is well where nothing is said of it."""
-    found = {"a": names.backend_cluster("a"), "extproc": names.CLUSTER_EXTPROC, "usage": names.CLUSTER_USAGE}
+    found = {"a": names.backend_cluster("a"), "extproc": names.CLUSTER_EXTPROC}
     return {
         "cluster_statuses": [
             {"name": name, "host_statuses": [hosts.get(short) or host()]} for short, name in found.items()
@@ -72,20 +72,19 @@ def clusters(**hosts: dict[str, Any]) -> dict[str, Any]:
 
 
 XDS_WELL: dict[str, Any] = {"policy": "d1", "source": "policy_dir", "problems": [], "fleet": {"behind": []}}
+LEDGER_WELL: dict[str, Any] = {"status": "ok", "undelivered": 0, "oldest_undelivered_s": 0.0, "warnings": []}
 
 
 class Behind:
     """What stands behind readiness; an answer of None is an error, and a function may take its time."""
 
-    def __init__(self, *, envoy: Any = None, xds: Any = XDS_WELL) -> None:
-        self.envoy = clusters() if envoy is None else envoy
-        self.xds = xds
+    def __init__(self, *, envoy: Any = None, xds: Any = XDS_WELL, ledger: Any = LEDGER_WELL) -> None:
+        self.answers = {"envoy": clusters() if envoy is None else envoy, "xds": xds, "ledger": ledger}
         self.looks = 0
 
     async def __call__(self, request: httpx.Request) -> httpx.Response:
-        is_envoy = request.url.host == "envoy"
-        self.looks += is_envoy
-        answer = self.envoy if is_envoy else self.xds
+        self.looks += request.url.host == "envoy"
+        answer = self.answers[request.url.host]
         if isinstance(answer, Exception):
             raise answer
         if callable(answer):
@@ -102,6 +101,7 @@ def a_reporter(
 ) -> StatusReporter:
     return StatusReporter(
         http=httpx.AsyncClient(transport=httpx.MockTransport(behind)),
+        ledger=httpx.AsyncClient(transport=httpx.MockTransport(behind)),
         envoy_admin="envoy",
         xds_admin="xds",
         policy=lambda: policy or a_policy(),
@@ -127,7 +127,8 @@ REPORTS: dict[str, tuple[dict[str, Any], dict[str, Any], int, str]] = {
     "an Envoy is behind": ({"xds": XDS_WELL | {"fleet": {"behind": ["e1"]}}}, {}, 200, "degraded"),
     "a worker is away": ({}, {"workers": (1, 2)}, 200, "degraded"),
     "no worker runs": ({}, {"workers": (0, 2)}, 503, "not_ready"),
-    "the ledger is away": ({"envoy": clusters(usage=host(sick=True))}, {}, 200, "degraded"),
+    "the ledger is away": ({"ledger": httpx.ConnectError("no")}, {}, 200, "degraded"),
+    "records are late": ({"ledger": LEDGER_WELL | {"warnings": ["301 s old"]}}, {}, 200, "degraded"),
     "no worker serves": ({"envoy": clusters(extproc=host(sick=True))}, {}, 503, "not_ready"),
     "envoy is away": ({"envoy": httpx.ConnectError("no")}, {}, 503, "not_ready"),
     "the only backend is ejected": ({"envoy": clusters(a=host(ejected=True))}, {}, 503, "not_ready"),
@@ -171,10 +172,10 @@ async def test_report_counts_backends_and_names_components() -> None:
 
 async def test_everything_that_hangs_is_down_within_a_second() -> None:
     started_s = time.monotonic()
-    report = await a_reporter(Behind(envoy=hang, xds=hang), ping=hang).report()
+    report = await a_reporter(Behind(envoy=hang, xds=hang, ledger=hang), ping=hang).report()
     assert time.monotonic() - started_s < CHECK_TIMEOUT_S + 0.4
     components: Any = report.body["components"]
-    assert [components[name]["status"] for name in ("envoy", "xds", "store")] == ["down"] * 3
+    assert [components[name]["status"] for name in ("envoy", "xds", "usage", "store")] == ["down"] * 4
 
 
 async def test_many_who_ask_at_once_share_one_look() -> None:
