@@ -14,7 +14,7 @@ from google.protobuf.message import DecodeError
 from gateway import names
 from gateway.protobuf import message_classes
 from policies.model import BackendId, OrganizationId
-from usage.finished import NONE, FailedAttempt, Fields, Finished, Value, finished
+from usage.finished import NONE, FailedAttempt, Fields, Finished, Value, check_storable, finished
 
 message: Final = message_classes("usage", "access_log.binpb")
 _Message: Final = message("envoy.service.accesslog.v3.StreamAccessLogsMessage")
@@ -107,6 +107,7 @@ def _finished(entry: Any) -> Finished:
 
 def _attempt(entry: Any) -> FailedAttempt:
     common = entry.common_properties
+    check_storable(_started_us(common))
     return FailedAttempt(
         request_id=entry.request.request_id,
         backend=BackendId(common.upstream_cluster.removeprefix(names.backend_cluster(""))),

@@ -13,7 +13,8 @@ from usage.record import BILLED, MICRO, iso, kind_of, price_version, record_id, 
 from usage.settle import settlement_of, used
 from usage.spool import EXPIRE, Entry
 
-_dump: Final = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
+_readable: Final = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
+_escaped: Final = json.JSONEncoder(separators=(",", ":")).encode
 
 
 def entry_of(finished: Finished, *, tried_s: int | None = None) -> Entry | None:
@@ -43,6 +44,16 @@ def entry_of(finished: Finished, *, tried_s: int | None = None) -> Entry | None:
         settlement=settlement,
         tried_s=tried_s,
     )
+
+
+def _dump(value: dict[str, Any]) -> str:
+    """JSON text that UTF-8 can carry: a client may send half a surrogate pair, in escapes."""
+    text = _readable(value)
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return _escaped(value)
+    return text
 
 
 def _told(finished: Finished) -> dict[str, Any]:

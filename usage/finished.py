@@ -19,6 +19,9 @@ from policies.model import BackendId, KeyId, ModelName, OrganizationId, Price
 TOKENS_MAX: Final = 10**9
 """What a backend counts beyond it is no count of tokens, and sums of it would not stay exact in the store."""
 
+STARTED_MAX_US: Final = 253_402_300_800_000_000
+"""The year 10000, which no date can name."""
+
 Value = str | float | bool
 Fields = Mapping[str, Value]
 NONE: Final[Fields] = {}
@@ -119,8 +122,10 @@ def finished(
         Malformed: it cannot be used.
     """
     organization = _text(said, names.METADATA_ORGANIZATION)
+    client_request_id = _text(limits, names.METADATA_CLIENT_REQUEST_ID)
     if not request_id:
         raise Malformed("it names no request")
+    check_storable(started_us, request_id, organization, client_request_id)
     return Finished(
         request_id=request_id,
         organization_id=OrganizationId(organization),
@@ -150,9 +155,19 @@ def finished(
         policy=_text(said, names.METADATA_POLICY),
         figures=_text(limits, names.METADATA_FIGURES),
         trace=_text(limits, names.METADATA_TRACE),
-        client_request_id=_text(limits, names.METADATA_CLIENT_REQUEST_ID),
+        client_request_id=client_request_id,
         labels=_text(limits, names.METADATA_LABELS),
     )
+
+
+def check_storable(started_us: int, *texts: str) -> None:
+    """Raise Malformed where the spool could not hold a start, or a text because UTF-8 cannot."""
+    if not 0 <= started_us < STARTED_MAX_US:
+        raise Malformed(f"no start: {started_us}")
+    try:
+        "".join(texts).encode()
+    except UnicodeEncodeError as error:
+        raise Malformed(f"not a text: {error}") from error
 
 
 @lru_cache(maxsize=1024)

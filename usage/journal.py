@@ -7,9 +7,10 @@ from typing import Any, Final
 
 from gateway import names
 from policies.model import BackendId
-from usage.finished import NONE, FailedAttempt, Fields, Finished, Malformed, finished
+from usage.finished import NONE, FailedAttempt, Fields, Finished, Malformed, check_storable, finished
 
 _REQUEST_ID: Final = b'"request_id":"'
+_NUMBER_MAX: Final = 2**53
 _ATTEMPT: Final = f'"listener":"{names.LISTENER_BACKENDS}"'.encode()
 
 
@@ -35,17 +36,17 @@ def decode_line(line: bytes) -> Finished | FailedAttempt:
         if told["listener"] == names.LISTENER_BACKENDS:
             return _attempt(told)
         return finished(
-            request_id=told.get("request_id", ""),
-            path=told.get("path", ""),
-            status=told.get("status", 0),
+            request_id=_text(told, "request_id"),
+            path=_text(told, "path"),
+            status=_number(told, "status"),
             flags=_flags(told),
-            attempts=told.get("attempts", 0),
+            attempts=_number(told, "attempts"),
             started_us=_us(told["started"]),
-            duration_ms=told.get("duration_ms", 0),
-            body_bytes=told.get("body_bytes", 0),
-            backend=told.get("backend", ""),
-            decision=told.get("decision", ""),
-            cluster=told.get("cluster", ""),
+            duration_ms=_number(told, "duration_ms"),
+            body_bytes=_number(told, "body_bytes"),
+            backend=_text(told, "backend"),
+            decision=_text(told, "decision"),
+            cluster=_text(told, "cluster"),
             said=_fields(told, names.METADATA_NAMESPACE),
             limits=_fields(told, names.LIMITS_NAMESPACE),
             usage=_fields(told, names.USAGE_NAMESPACE),
@@ -56,19 +57,35 @@ def decode_line(line: bytes) -> Finished | FailedAttempt:
 
 
 def _attempt(told: dict[str, Any]) -> FailedAttempt:
-    return FailedAttempt(
-        request_id=told.get("request_id", ""),
-        backend=BackendId(told.get("cluster", "").removeprefix(names.backend_cluster(""))),
-        status=told.get("status", 0),
+    attempt = FailedAttempt(
+        request_id=_text(told, "request_id"),
+        backend=BackendId(_text(told, "cluster").removeprefix(names.backend_cluster(""))),
+        status=_number(told, "status"),
         flags=_flags(told),
         started_us=_us(told["started"]),
-        duration_ms=told.get("duration_ms", 0),
+        duration_ms=_number(told, "duration_ms"),
     )
+    check_storable(attempt.started_us, attempt.request_id, attempt.backend, *attempt.flags)
+    return attempt
+
+
+def _text(told: dict[str, Any], name: str) -> str:
+    value = told.get(name, "")
+    if not isinstance(value, str):
+        raise Malformed(f"{name} is not a text: {value!r}")
+    return value
+
+
+def _number(told: dict[str, Any], name: str) -> int:
+    value = told.get(name, 0)
+    if type(value) is not int or not 0 <= value <= _NUMBER_MAX:
+        raise Malformed(f"{name} is not a number: {value!r}")
+    return value
 
 
 def _flags(told: dict[str, Any]) -> tuple[str, ...]:
-    text = told.get("flags", "-")
-    return () if text == "-" else tuple(text.split(","))
+    text = _text(told, "flags")
+    return () if text in {"", "-"} else tuple(text.split(","))
 
 
 def _us(started: str) -> int:
