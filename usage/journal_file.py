@@ -63,21 +63,38 @@ class JournalFile:
     def read(self) -> list[bytes]:
         """The next whole lines; none where Envoy has not written more."""
         while self._file is not None or self._open():
-            assert self._file is not None  # noqa: S101 - _open has seen to it
-            # Looked for before reading: once the new file is there, Envoy writes no more to the old one.
-            finished = self._reads_old and self._path.exists()
-            self._file.seek(self._position.offset)
-            data = self._file.read(READ_MAX_BYTES)
+            # Looked for before reading: once Envoy has another file, it writes no more to this one.
+            left = self._is_left()
+            data = self._data()
             whole = data.rfind(b"\n") + 1
-            if not whole and len(data) > LINE_MAX_BYTES - READ_MAX_BYTES and len(data) == READ_MAX_BYTES:
+            if not whole and len(data) == LINE_MAX_BYTES:
                 whole = len(data)
             if whole:
                 self._advance(whole)
                 return data[:whole].splitlines()
-            if not finished:
+            if not left:
                 return []
             self._next()
         return []
+
+    def _data(self) -> bytes:
+        """What comes next, at least one line if there is a whole one."""
+        assert self._file is not None  # noqa: S101 - whoever reads has opened it
+        self._file.seek(self._position.offset)
+        data = self._file.read(READ_MAX_BYTES)
+        if len(data) == READ_MAX_BYTES and b"\n" not in data:
+            data += self._file.read(LINE_MAX_BYTES - READ_MAX_BYTES)
+        return data
+
+    def _is_left(self) -> bool:
+        """Whether Envoy writes elsewhere by now: to a new file, or anew to one that somebody has emptied."""
+        assert self._file is not None  # noqa: S101 - whoever reads has opened it
+        here = os.fstat(self._file.fileno())
+        try:
+            there = self._path.stat()
+        except FileNotFoundError:
+            return False
+        return not os.path.samestat(here, there) or here.st_size < self._position.offset
 
     @property
     def is_large(self) -> bool:
@@ -130,12 +147,11 @@ class JournalFile:
         return True
 
     def _next(self) -> None:
-        """The old file has been read to its end: go on with the new one."""
-        assert self._file is not None  # noqa: S101
-        self._file.close()
-        self._file = self._path.open("rb", buffering=0)
+        """This file has been read to its end: go on with the new one."""
+        self.close()
         self._reads_old = False
         self._position = Position()
+        self._file = self._path.open("rb", buffering=0)
 
 
 def _head(file: BinaryIO | None, offset: int) -> int:
