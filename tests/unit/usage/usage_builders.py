@@ -13,6 +13,7 @@ from google.protobuf import json_format
 from prometheus_client import CollectorRegistry
 
 from gateway import names
+from gateway.audit import AuditAction, AuditEvent
 from limits.figures import written
 from limits.model import Figure, LimitKind, Settlement
 from policies import price
@@ -229,6 +230,20 @@ def an_entry(request_id: str = REQUEST_ID, **changes: Any) -> Entry:
         "settlement": a_settlement(request_id),
     }
     return Entry(**(fields | changes))
+
+
+def an_event(event_id: str = "e-1", **changes: Any) -> AuditEvent:
+    """A key that was created."""
+    fields: dict[str, Any] = {
+        "event_id": event_id,
+        "request_id": "",
+        "organization_id": "acme",
+        "actor": "k-1",
+        "action": AuditAction.KEY_CREATED,
+        "metadata": {"x": 1},
+        "created_at": float(START_S),
+    }
+    return AuditEvent(**(fields | changes))
 
 
 def figures_of(*figures: tuple[LimitKind, str, int]) -> str:
