@@ -19,61 +19,18 @@ from limits.model import Settlement
 from policies.model import OrganizationId
 from usage.finished import FailedAttempt
 from usage.record import MICRO, Kind
+from usage.schema import SCHEMA, TABLES
 
-_SCHEMA: Final = """
-CREATE TABLE IF NOT EXISTS requests (
-  seq INTEGER PRIMARY KEY AUTOINCREMENT,
-  request_id TEXT NOT NULL UNIQUE,
-  revision INTEGER NOT NULL,
-  client_request_id TEXT,
-  organization_id TEXT NOT NULL,
-  kind TEXT NOT NULL,
-  started_us INTEGER NOT NULL,
-  record TEXT,
-  told TEXT NOT NULL,
-  settlement TEXT,
-  tried_s INTEGER,
-  settled INTEGER NOT NULL
-);
-CREATE INDEX IF NOT EXISTS requests_started ON requests (started_us);
-CREATE INDEX IF NOT EXISTS requests_client ON requests (client_request_id) WHERE client_request_id IS NOT NULL;
-CREATE INDEX IF NOT EXISTS requests_unsettled ON requests (seq) WHERE settled = 0;
-CREATE TABLE IF NOT EXISTS attempts (
-  request_id TEXT NOT NULL, started_us INTEGER NOT NULL, backend TEXT NOT NULL,
-  status INTEGER NOT NULL, flags TEXT NOT NULL, duration_ms INTEGER NOT NULL,
-  PRIMARY KEY (request_id, started_us, backend)
-) WITHOUT ROWID;
-CREATE INDEX IF NOT EXISTS attempts_started ON attempts (started_us);
-CREATE TABLE IF NOT EXISTS events (
-  seq INTEGER PRIMARY KEY AUTOINCREMENT,
-  event_id TEXT NOT NULL UNIQUE,
-  request_id TEXT NOT NULL,
-  organization_id TEXT NOT NULL,
-  actor TEXT NOT NULL,
-  action TEXT NOT NULL,
-  created_us INTEGER NOT NULL,
-  metadata TEXT NOT NULL
-);
-CREATE INDEX IF NOT EXISTS events_created ON events (created_us);
-CREATE INDEX IF NOT EXISTS events_request ON events (request_id) WHERE request_id <> '';
-CREATE TABLE IF NOT EXISTS tallies (kind TEXT PRIMARY KEY, requests INTEGER NOT NULL) WITHOUT ROWID;
-CREATE TABLE IF NOT EXISTS policies (digest TEXT PRIMARY KEY, document TEXT NOT NULL) WITHOUT ROWID;
-CREATE TABLE IF NOT EXISTS marks (name TEXT PRIMARY KEY, value) WITHOUT ROWID;
-"""
-_TABLES: Final = {
-    "requests": "seq",
-    "events": "seq",
-    "attempts": "request_id",
-    "policies": "digest",
-    "tallies": "kind",
-    "marks": "name",
-}
 _INSERT: Final = """INSERT OR IGNORE INTO requests (request_id, revision, client_request_id, organization_id, kind,
 started_us, record, told, settlement, tried_s, settled) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)"""
 RECORDS_MARK: Final = "records_delivered"
 ALLOWED_MARK: Final = "allowed_delivered"
 EVENTS_MARK: Final = "events_delivered"
 """Marks of how far the streams have been handed on; the first two are places of requests, the last of events."""
+RECORDS_COUNT: Final = "records_written"
+ESTIMATES_COUNT: Final = "estimates_written"
+"""Marks of how many records have ever been written, and how many of them to stand for requests that nobody had told the
+end of. Each of these may be followed by one that tells."""
 PRUNED_AT_ONCE: Final = 2000
 EXPIRE: Final = "expire"
 """In the place of a settlement: close the open entry with what was reserved."""
@@ -126,14 +83,6 @@ class Changes:
         self.policies += other.policies
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Undelivered:
-    """A request or an event that is to be handed on; ``seq`` is its place in the order."""
-
-    seq: int
-    entry: dict[str, Any]
-
-
 class Spool:
     """The database file. Every method blocks, and raises sqlite3.Error when the disk does not do what it should."""
 
@@ -144,7 +93,7 @@ class Spool:
         self._db.execute("PRAGMA journal_mode = WAL")
         self._db.execute("PRAGMA synchronous = FULL")  # a commit is on the disk, not only with the kernel
         self._db.execute("PRAGMA wal_autocheckpoint = 4000")
-        self._db.executescript(_SCHEMA)
+        self._db.executescript(SCHEMA)
 
     def close(self) -> None:
         """Fold the log into the file."""
@@ -156,6 +105,7 @@ class Spool:
         try:
             fresh = [entry for entry in changes.entries if self._put(entry)]
             self._put_others(changes)
+            self._count(fresh)
             self._db.execute("COMMIT")
         except BaseException:
             if self._db.in_transaction:
@@ -198,6 +148,15 @@ class Spool:
         )
         self._db.executemany("INSERT OR IGNORE INTO policies VALUES (?, ?)", changes.policies)
 
+    def _count(self, fresh: Sequence[Entry]) -> None:
+        records = [entry for entry in fresh if entry.record is not None]
+        for mark, more in ((RECORDS_COUNT, len(records)), (ESTIMATES_COUNT, sum(not e.revision for e in records))):
+            if more:
+                self._db.execute(
+                    "INSERT INTO marks VALUES (?, ?) ON CONFLICT (name) DO UPDATE SET value = value + excluded.value",
+                    (mark, more),
+                )
+
     def mark(self, name: str, default: Any) -> Any:
         """A mark as it was last written."""
         row = self._db.execute("SELECT value FROM marks WHERE name = ?", (name,)).fetchone()
@@ -225,7 +184,7 @@ class Spool:
         copied = 0
         other = sqlite3.connect(f"file:{damaged}?mode=ro", uri=True, isolation_level=None)
         try:
-            for table, key in _TABLES.items():
+            for table, key in TABLES.items():
                 for order in ("ASC", "DESC"):  # from both ends up to the damage
                     copied += self._copy(other, table, f"{key} {order}")
         finally:
