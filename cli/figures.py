@@ -10,7 +10,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from cli.shown import duration, iso, plain, usd
-from extproc.limit_answers import context_of
+from limits.context import context_of
 from limits.model import MONEY_KINDS, Figure, LimitKind
 from limits.standing import BUDGETS, Standing
 from policies.limits import ORGANIZATION_SUBJECT, CallerLimits, SubjectLimits
