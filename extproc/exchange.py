@@ -82,6 +82,14 @@ class Forward:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Pass:
+    """Let the request go where its path leads, with these headers; its body is not waited for."""
+
+    headers: tuple[tuple[str, str], ...]
+    metadata: Metadata
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Rewrite:
     """Replace the answer's body, which is JSON, and its status where ``status`` is set."""
 
@@ -102,7 +110,7 @@ class Reply:
     limits: tuple[tuple[str, str], ...] = ()
 
 
-Command = Continue | Forward | Rewrite | Reply
+Command = Continue | Forward | Pass | Rewrite | Reply
 
 
 class Phase(Enum):

@@ -35,18 +35,19 @@ from extproc.limit_answers import LimitRefused
 from extproc.policy import PolicyTable
 from extproc.recording import Recording
 from extproc.replies import model_list, refusal, repetition
-from extproc.route import Choice, choose, route, tells_usage
+from extproc.route import Choice, choose, route, tells_usage, to_ledger
 from extproc.translate import Trace
 from extproc.validate import Ask, validate
 from gateway import names
 from gateway.audit import AuditTrail
-from gateway.endpoints import MODELS_PATH, POST_ENDPOINTS, Endpoint, Kind
+from gateway.endpoints import AUDIT_PATH, MODELS_PATH, POST_ENDPOINTS, Endpoint, Kind
 from gateway.errors import Reason, Refused, StoreUnavailable
 from gateway.telemetry import Logger
 from limits.model import Figure, StoredAnswer
 
 _POSTS: Final[Mapping[str, Endpoint]] = {endpoint.path: endpoint for endpoint in POST_ENDPOINTS}
 _MODELS: Final = Endpoint(kind=Kind.MODELS, method="GET", path=MODELS_PATH, openai=True)
+_AUDIT: Final = Endpoint(kind=Kind.AUDIT, method="GET", path=AUDIT_PATH, openai=False)
 
 
 class Outcomes(Protocol):
@@ -119,7 +120,8 @@ class Decision:
 
     async def _on_request_headers(self, event: RequestHeaders) -> Command:
         path = event.headers.get(":path", "").partition("?")[0]
-        head = self._head = Head(event.headers, _POSTS.get(path, _MODELS), self._deciders.clock_s())
+        endpoint = _POSTS.get(path) or (_AUDIT if path.startswith(AUDIT_PATH) else _MODELS)
+        head = self._head = Head(event.headers, endpoint, self._deciders.clock_s())
         key = presented_key(event.headers.get(names.HEADER_AUTHORIZATION), event.headers.get(names.HEADER_API_KEY))
         self._caller = await authenticate(key, self._deciders.keys, head.started_s)
         if head.endpoint is _MODELS:
@@ -127,6 +129,9 @@ class Decision:
                 raise Refused(Reason.PATH_UNKNOWN)
             require_scope(self._caller, "models")
             return self._models(path, self._caller)
+        if head.endpoint is _AUDIT:
+            require_scope(self._caller, "audit")
+            return self._to_ledger(self._caller)
         require_scope(self._caller, "inference")
         self._check_body_to_come(event)
         self._asked = access_log.asked(self._caller, head.endpoint, self._table.digest)
@@ -143,6 +148,11 @@ class Decision:
         reply = model_list(path.removeprefix(MODELS_PATH).strip("/"), caller, self._table)
         self._deciders.outcomes.decided(_MODELS.kind.value, "answered")
         return self._replied(reply, names.REASON_LISTED, closed=True)
+
+    def _to_ledger(self, caller: Caller) -> Command:
+        self._deciders.outcomes.decided(_AUDIT.kind.value, "forwarded")
+        asked = access_log.asked(caller, _AUDIT, self._table.digest)
+        return to_ledger(caller, (*asked, *access_log.replied(names.REASON_LISTED, None, closed=True)))
 
     def _check_body_to_come(self, event: RequestHeaders) -> None:
         """Refuse by the headers what would be refused by the body, before it is buffered."""

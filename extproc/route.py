@@ -7,8 +7,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final
 
+from extproc.authenticate import has_scope
 from extproc.edit import Edit, edited, in_order, place_after, setting
-from extproc.exchange import Forward
+from extproc.exchange import Forward, Metadata, Pass
 from extproc.json_body import Document, written
 from extproc.keys.record import Caller
 from extproc.validate import Ask
@@ -113,3 +114,11 @@ def route(
         metadata=tuple(said),
         limits=figures,
     )
+
+
+def to_ledger(caller: Caller, metadata: Metadata) -> Pass:
+    """The command that lets a caller ask the ledger for its own organisation; with the admin scope, for every one."""
+    headers: tuple[tuple[str, str], ...] = ((names.HEADER_ORGANIZATION, caller.organization_id),)
+    if has_scope(caller, "admin"):
+        headers += ((names.HEADER_ADMIN, "true"),)
+    return Pass(headers=headers, metadata=metadata)

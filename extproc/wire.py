@@ -15,6 +15,7 @@ from extproc.exchange import (
     Event,
     Forward,
     Metadata,
+    Pass,
     Reply,
     RequestBody,
     RequestHeaders,
@@ -128,6 +129,13 @@ def _encode_forward(headers: tuple[tuple[str, str], ...], metadata: Metadata, bo
     return response + _metadata(names.METADATA_NAMESPACE, metadata)
 
 
+@lru_cache(maxsize=4096)
+def _encode_pass(command: Pass) -> bytes:
+    common = {"header_mutation": {"set_headers": _set(command.headers)}}
+    response = bytes(_Response(request_headers={"response": common}).SerializeToString())
+    return response + _metadata(names.METADATA_NAMESPACE, command.metadata)
+
+
 def _encode_rewrite(command: Rewrite) -> bytes:
     headers = [("content-type", "application/json"), ("content-length", str(len(command.body)))]
     if command.status is not None:
@@ -172,3 +180,5 @@ def encode(command: Command, event: Event) -> bytes:
             return _encode_rewrite(command)
         case Reply():
             return _encode_reply(command)
+        case Pass():
+            return _encode_pass(command)

@@ -19,6 +19,7 @@ class Kind(Enum):
     EMBEDDING = "embedding"
     RESPONSE = "response"
     MODELS = "models"
+    AUDIT = "audit"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -38,6 +39,8 @@ MODELS_PATH: Final = "/v1/models"
 STATUS_PREFIX: Final = "/v1/status/"
 HEALTHZ_PATH: Final = "/v1/status/healthz"
 READYZ_PATH: Final = "/v1/status/readyz"
+AUDIT_PATH: Final = "/v1/audit/requests"
+"""Audit events; below it the receipts, by request id."""
 
 POST_ENDPOINTS: Final[tuple[Endpoint, ...]] = (
     Endpoint(kind=Kind.INFERENCE, method="POST", path=INFERENCE_PATH, openai=False),

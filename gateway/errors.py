@@ -32,6 +32,7 @@ class Reason(Enum):
     BACKENDS_FORBIDDEN = "backends_forbidden"
     PATH_UNKNOWN = "path_unknown"
     MODEL_UNKNOWN = "model_unknown"
+    REQUEST_UNKNOWN = "request_unknown"
     BODY_TOO_LARGE = "body_too_large"
     PAYLOAD_TOO_LARGE = "payload_too_large"
     MEDIA_TYPE = "media_type"
@@ -117,6 +118,9 @@ REFUSALS: Final[dict[Reason, Refusal]] = {
     ),
     Reason.PATH_UNKNOWN: _refusal(404, "NOT_FOUND", _INVALID, "not_found", "There is nothing at this path."),
     Reason.MODEL_UNKNOWN: _refusal(404, "MODEL_NOT_FOUND", _INVALID, "model_not_found", "The model does not exist."),
+    Reason.REQUEST_UNKNOWN: _refusal(
+        404, "REQUEST_NOT_FOUND", _INVALID, "request_not_found", "No such request is known."
+    ),
     Reason.BODY_TOO_LARGE: _refusal(
         413, "PAYLOAD_TOO_LARGE", _INVALID, "payload_too_large", "The request body is too large."
     ),

@@ -82,6 +82,7 @@ class ResourceBuilder:
         built = {
             names.CLUSTER_EXTPROC: self._encoded("extproc", lambda: clusters.extproc_cluster(settings)),
             names.CLUSTER_STATUS: self._encoded("status", lambda: clusters.status_cluster(settings)),
+            names.CLUSTER_AUDIT: self._encoded("audit", lambda: clusters.audit_cluster(settings)),
             names.CLUSTER_UNROUTED: self._encoded("unrouted", clusters.unrouted_cluster),
             names.CLUSTER_USAGE: self._encoded("usage", lambda: clusters.usage_cluster(settings)),
         }
@@ -132,7 +133,9 @@ def _references(policy: Policy, models: Mapping[ModelName, Policy]) -> dict[Refe
     own = frozenset(cluster(names.backend_cluster(b.id)) for b in policy.backends)
     needs: dict[Reference, frozenset[Reference]] = {
         (snapshot.ROUTE, names.ROUTE_CONFIG_BACKENDS): own,
-        (snapshot.ROUTE, unrouted): frozenset({cluster(names.CLUSTER_UNROUTED), cluster(names.CLUSTER_STATUS)}),
+        (snapshot.ROUTE, unrouted): frozenset(
+            map(cluster, (names.CLUSTER_UNROUTED, names.CLUSTER_STATUS, names.CLUSTER_AUDIT))
+        ),
         (snapshot.SCOPED_ROUTE, unrouted): frozenset({(snapshot.ROUTE, unrouted)}),
         (snapshot.LISTENER, names.LISTENER_PUBLIC): frozenset(
             {cluster(names.CLUSTER_EXTPROC), cluster(names.CLUSTER_USAGE)}

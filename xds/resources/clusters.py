@@ -40,7 +40,7 @@ from envoy_data_plane.envoy.type.v3 import Percent
 from envoy_data_plane.google.protobuf import Any
 
 from gateway import names
-from gateway.settings import STATUS_SOCKET, USAGE_SOCKET, XdsSettings
+from gateway.settings import AUDIT_SOCKET, STATUS_SOCKET, USAGE_SOCKET, XdsSettings
 from policies.model import Backend, DefaultPolicy
 from policies.model import HealthCheck as BackendHealthCheck
 from xds.resources.encode import ads, extension, header, http_filter, metadata, pipe_address, seconds, socket_address
@@ -257,6 +257,20 @@ def status_cluster(settings: XdsSettings) -> Cluster:
         connect_timeout=seconds(0.5),
         load_assignment=assignment(name, pipe_address(str(settings.run_dir.absolute() / STATUS_SOCKET))),
         typed_extension_protocol_options=_protocol(_http1()),
+    )
+
+
+def audit_cluster(settings: XdsSettings) -> Cluster:
+    """The ledger's HTTP server. It has more to do than to answer: not many ask at once, the others are turned away."""
+    name = names.CLUSTER_AUDIT
+    few = CircuitBreakersThresholds(max_connections=16, max_pending_requests=64, max_requests=64, max_retries=16)
+    return Cluster(
+        name=name,
+        type=ClusterDiscoveryType.STATIC,
+        connect_timeout=seconds(0.5),
+        load_assignment=assignment(name, pipe_address(str(settings.run_dir.absolute() / AUDIT_SOCKET))),
+        typed_extension_protocol_options=_protocol(_http1()),
+        circuit_breakers=CircuitBreakers(thresholds=[few]),
     )
 
 

@@ -41,7 +41,7 @@ from envoy_data_plane.xds.type.matcher.v3 import (
 )
 
 from gateway import names
-from gateway.endpoints import OPENAI_PREFIXES, STATUS_PREFIX
+from gateway.endpoints import AUDIT_PATH, OPENAI_PREFIXES, STATUS_PREFIX
 from gateway.errors import REFUSALS, Reason, openai_body, router_body
 from xds.resources.encode import header
 
@@ -52,7 +52,10 @@ _PUBLIC: tuple[tuple[str, Reason], ...] = (
     ("response.code == 413", Reason.BODY_TOO_LARGE),
     ("response.code == 408", Reason.REQUEST_TIMEOUT),
     ("response.code == 404", Reason.PATH_UNKNOWN),
-    (f"response.code == 504 && request.path.startsWith('{STATUS_PREFIX}')", Reason.SERVICE_DOWN),
+    *(
+        (f"response.code == 504 && request.path.startsWith('{prefix}')", Reason.SERVICE_DOWN)
+        for prefix in (STATUS_PREFIX, AUDIT_PATH)
+    ),
     ("response.code == 504", Reason.BACKEND_TIMEOUT),
     ("response.code == 503 && response.code_details == 'direct_response'", Reason.NO_BACKEND),
     # A JSON answer is held until its usage has been read, and this one is larger than the buffers.

@@ -43,6 +43,7 @@ from gateway.endpoints import HEALTHZ_PATH, INFERENCE_PATH, MODELS_PATH, POST_EN
 from gateway.settings import VERSION, XdsSettings
 from policies.candidates import Candidate, Entry, candidates_among, is_override, killed, resolve, variants
 from policies.model import ANY, BackendId, ModelName, ModelPolicy, OrganizationId, Policy
+from xds.resources.audit_routes import audit_routes
 from xds.resources.encode import header, seconds
 from xds.resources.filters import EXT_PROC
 
@@ -231,6 +232,7 @@ def unrouted_routes(settings: XdsSettings, *, silent: bool) -> RouteConfiguratio
         *_inference_routes(silent=silent),
         Route(match=RouteMatch(path=MODELS_PATH, headers=get), route=_UNDECIDED),
         Route(match=RouteMatch(prefix=f"{MODELS_PATH}/", headers=get), route=_UNDECIDED),
+        *audit_routes(),
         Route(
             match=RouteMatch(path=READYZ_PATH, headers=get),
             route=RouteAction(cluster=names.CLUSTER_STATUS, timeout=seconds(STATUS_TIMEOUT_S)),

@@ -38,7 +38,7 @@ def values(prefix: str) -> dict[str, str]:
 
 
 def test_internal_headers_are_those_that_are_stripped() -> None:
-    internal = ("ORGANIZATION", "MODEL", "VARIANT", "MODEL_SPAN", "BACKEND")
+    internal = ("ORGANIZATION", "ADMIN", "MODEL", "VARIANT", "MODEL_SPAN", "BACKEND")
     for name in internal:
         assert values("HEADER_")[f"HEADER_{name}"].startswith(names.INTERNAL_HEADER_PREFIX)
 
