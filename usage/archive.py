@@ -14,7 +14,7 @@ from typing import Any, Final, NamedTuple, TypeVar
 T = TypeVar("T")
 
 _REQUEST: Final = (
-    "seq, request_id, revision, client_request_id, organization_id, kind, started_us, record, told, settled"
+    "seq, request_id, revision, client_request_id, organization_id, kind, started_us, record, told, settlement, settled"
 )
 _EVENT: Final = "seq, event_id, request_id, organization_id, actor, action, created_us, metadata"
 
@@ -43,6 +43,8 @@ class KeptRequest:
     started_us: int
     record: str | None
     told: Mapping[str, Any]
+    settlement: str | None
+    """As :mod:`usage.spool` writes it; None where there was nothing to settle."""
     settled: bool
 
 
@@ -113,13 +115,19 @@ class Archive:
 
         return await self.call(look)
 
-    async def request(self, request_id: str) -> KeptRequest | None:
-        """By its own id, or the newest by the id that its client gave it."""
+    async def request(self, request_id: str, *, of: str | None = None) -> KeptRequest | None:
+        """By its own id, or the newest by the id that its client gave it; ``of`` an organisation, None: of any.
+
+        Of those with the client's id one that was forwarded comes before repetitions of its answer.
+        """
 
         def look(db: sqlite3.Connection) -> KeptRequest | None:
-            for where in ("request_id = ?", "client_request_id = ? ORDER BY seq DESC"):
-                query = f"SELECT {_REQUEST} FROM requests WHERE {where} LIMIT 1"  # noqa: S608 - names of ours
-                if (row := db.execute(query, (request_id,)).fetchone()) is not None:
+            for by in ("request_id = :id", "client_request_id = :id AND kind = 'forwarded'", "client_request_id = :id"):
+                query = (
+                    f"SELECT {_REQUEST} FROM requests WHERE {by} AND (:of IS NULL OR organization_id = :of)"  # noqa: S608
+                    " ORDER BY seq DESC LIMIT 1"
+                )
+                if (row := db.execute(query, {"id": request_id, "of": of}).fetchone()) is not None:
                     return _request(row)
             return None
 
@@ -147,10 +155,14 @@ class Archive:
 
         return await self.call(look)
 
-    async def events_of(self, request_id: str) -> list[KeptEvent]:
-        """Audit events of a request, in order."""
-        query = f"SELECT {_EVENT} FROM events WHERE request_id = ? AND request_id <> '' ORDER BY seq"  # noqa: S608
-        return await self.call(lambda db: [_event(row) for row in db.execute(query, (request_id,))])
+    async def events_of(self, request_id: str, *, of: str | None = None) -> list[KeptEvent]:
+        """Audit events of a request, in order; ``of`` an organisation, None: of any."""
+        query = (
+            f"SELECT {_EVENT} FROM events WHERE request_id = :id AND request_id <> ''"  # noqa: S608 - names of ours
+            " AND (:of IS NULL OR organization_id = :of) ORDER BY seq"
+        )
+        asked = {"id": request_id, "of": of}
+        return await self.call(lambda db: [_event(row) for row in db.execute(query, asked)])
 
     async def policy(self, digest: str) -> str | None:
         """The policy that a digest stands for, as :mod:`usage.policies` keeps it."""
@@ -186,7 +198,8 @@ class Archive:
 
 
 def _request(row: Sequence[Any]) -> KeptRequest:
-    seq, request_id, revision, client_request_id, organization_id, kind, started_us, record, told, settled = row
+    seq, request_id, revision, client_request_id, organization_id, kind, started_us, *rest = row
+    record, told, settlement, settled = rest
     return KeptRequest(
         seq=seq,
         request_id=request_id,
@@ -197,6 +210,7 @@ def _request(row: Sequence[Any]) -> KeptRequest:
         started_us=started_us,
         record=record,
         told=json.loads(told),
+        settlement=settlement,
         settled=bool(settled),
     )
 

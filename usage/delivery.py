@@ -40,6 +40,8 @@ class Stream:
         self.outlet = outlet
         self.read = read
         self.at = 0
+        self.taken = 0
+        """Messages that the outlet has taken, ever."""
         self.stopped = False
         self.written = asyncio.Event()
 
@@ -89,6 +91,7 @@ class Delivery:
 
     async def _follow(self, stream: Stream) -> None:
         stream.at = int(await self._archive.mark(stream.mark, 0))
+        stream.taken = int(await self._archive.mark(count_mark(stream.mark), 0))
         while True:
             stream.written.clear()
             try:
@@ -115,7 +118,8 @@ class Delivery:
         at = places[-1][0] if safe == len(messages) else messages[safe][0] - 1
         if at > stream.at:
             stream.at = at
-            self._writer.insist(Changes(marks={stream.mark: at}))
+            stream.taken += safe
+            self._writer.insist(Changes(marks={stream.mark: at, count_mark(stream.mark): stream.taken}))
         return safe == len(messages) and len(places) == BATCH_MAX
 
     async def _deliver(self, stream: Stream, messages: Sequence[tuple[int, Message]]) -> int:
@@ -165,6 +169,11 @@ class Delivery:
     async def _read_events(self, after: int) -> Places:
         found = await self._archive.outgoing_events(after=after, most=BATCH_MAX)
         return [(event.seq, _message(event_json(event))) for event in found]
+
+
+def count_mark(mark: str) -> str:
+    """The mark of how many messages a stream has handed on, ever, beside that of its place."""
+    return f"{mark}_count"
 
 
 def _record_message(request: Outgoing) -> Message | None:

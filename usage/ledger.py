@@ -11,20 +11,23 @@ from typing import Any, Final
 
 import httpx
 from prometheus_client import CollectorRegistry
+from starlette.applications import Starlette
 
 from gateway.http import serve, tcp_listener, unix_listener
 from gateway.settings import AUDIT_SOCKET, JOURNAL, USAGE_SOCKET, UsageSettings
 from gateway.telemetry import Logger
 from limits.heartbeat import beat
 from limits.valkey import ValkeyLimits, open_limits
+from usage.accounts import Accounts, open_entries
 from usage.archive import Archive
-from usage.audit_app import build_audit_app
+from usage.audit_app import Sources, build_audit_app
 from usage.audit_trail import follow_audit
 from usage.delivery import Delivery
 from usage.follow import JournalFollower, reopener
 from usage.intake import Intake
 from usage.journal_file import ROTATED_BYTES, JournalFile, Position
 from usage.metrics import LedgerMetrics, build_app
+from usage.operator_app import operator_routes
 from usage.outlets import Outlets, open_outlets
 from usage.policies import keep_policies
 from usage.prune import prune_every
@@ -65,6 +68,7 @@ class Ledger:
         spool = opened.spool
         self._spool = spool
         self.archive = Archive(spool.path)
+        self._asked = Archive(spool.path)
         self.writer = Writer(spool, written=self._written, metrics=metrics, log=log)
         self.settler: Settler | None = None
         self._signs: SignsOfLife | None = None
@@ -164,6 +168,28 @@ class Ledger:
             "warnings": warnings,
         }
 
+    def audit_app(self) -> Starlette:
+        """The server of those who ask; it reads with a connection of its own, so that delivery does not wait."""
+        store = self._store
+
+        async def count_open() -> int | None:
+            return None if store is None else await open_entries(store)
+
+        sources = Sources(
+            archive=self._asked,
+            opened=None if store is None else store.opened,
+            health=self.health,
+            log=self._log,
+        )
+        accounts = Accounts(
+            archive=self._asked,
+            reconciliation=self.reconciliation,
+            oldest_s=lambda: self.delivery.oldest_s,
+            malformed=self._metrics.malformed_so_far,
+            count_open=count_open,
+        )
+        return build_audit_app(sources, operator_routes(self._asked, accounts, log=self._log))
+
     async def drain(self, within_s: float) -> None:
         """Finish what was told, as far as it can be done in time; the rest is in the spool or in the journal."""
         deadline = time.monotonic() + within_s
@@ -177,6 +203,7 @@ class Ledger:
         """Close the files."""
         self.writer.close()
         self.archive.close()
+        self._asked.close()
         self._spool.close()
 
     def _written(self, entries: Sequence[Entry]) -> None:
@@ -229,7 +256,7 @@ async def run(settings: UsageSettings, stop: asyncio.Event, *, log: Logger) -> N
         async with asyncio.TaskGroup() as tasks:
             running = [tasks.create_task(each) for each in ledger.tasks()]
             running.append(tasks.create_task(serve(build_app(registry, ledger.health), listeners[0])))
-            running.append(tasks.create_task(serve(build_audit_app(ledger), listeners[1])))
+            running.append(tasks.create_task(serve(ledger.audit_app(), listeners[1])))
             server = AccessLogServer(settings.run_dir / USAGE_SOCKET, ledger.intake.receive)
             await server.start()
             log.info("ledger_serving", spool=str(opened.spool.path), metrics_port=settings.usage_metrics_port)

@@ -84,6 +84,11 @@ class LedgerMetrics:
             "router_usage_limit_store_up", "Whether the limit store can be used.", registry=registry
         )
 
+    def malformed_so_far(self) -> float:
+        """What :attr:`malformed` has counted."""
+        samples = (sample for metric in self.malformed.collect() for sample in metric.samples)
+        return sum(sample.value for sample in samples if sample.name.endswith("_total"))
+
 
 def build_app(registry: CollectorRegistry, health: Callable[[], dict[str, object]]) -> Starlette:
     """``/metrics`` for Prometheus, ``/healthz`` for whoever wants to know that the program runs, and how well."""

@@ -26,7 +26,7 @@ async def keep_policies(settings: CommonSettings, archive: Archive, writer: Writ
         last_good = settings.state_path / LAST_GOOD_FILE
         start = await asyncio.to_thread(load_or_last_good, settings.policy_dir, settings.backend_endpoints, last_good)
         bundle = start.loaded.bundle
-        await _keep(start.loaded, archive, writer)
+        await _keep(start.loaded, settings.backend_endpoints, archive, writer)
     except PolicyRejected as rejected:
         log.warning("policy_rejected", problems=[str(problem) for problem in rejected.problems])
     async for change in watch(settings.policy_dir, loaded=bundle):
@@ -35,12 +35,13 @@ async def keep_policies(settings: CommonSettings, archive: Archive, writer: Writ
         except PolicyRejected as rejected:
             log.warning("policy_rejected", problems=[str(problem) for problem in rejected.problems])
             continue
-        await _keep(loaded, archive, writer)
+        await _keep(loaded, settings.backend_endpoints, archive, writer)
 
 
-async def _keep(loaded: Loaded, archive: Archive, writer: Writer) -> None:
+async def _keep(loaded: Loaded, backend_endpoints: str, archive: Archive, writer: Writer) -> None:
     digest, now_s = loaded.policy.digest, time.time()
-    document = json.dumps({"directory": loaded.bundle.directory, "files": loaded.bundle.files})
+    kept = {"directory": loaded.bundle.directory, "files": loaded.bundle.files, "backend_endpoints": backend_endpoints}
+    document = json.dumps(kept)
     before = await archive.mark(MARK, "")
     if before == digest:
         await writer.write(Changes(policies=[(digest, document)]))
@@ -64,4 +65,6 @@ def read_policy(document: str) -> Loaded:
         PolicyRejected: this version of the program does not accept it.
     """
     kept = json.loads(document)
-    return load(Bundle.of(kept["directory"], ((name, text) for name, text in kept["files"])))
+    bundle = Bundle.of(kept["directory"], ((name, text) for name, text in kept["files"]))
+    # Without them a model whose backends the environment has added would have backends that are none.
+    return load(bundle, kept.get("backend_endpoints", ""))

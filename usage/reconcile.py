@@ -28,14 +28,16 @@ LAG_S: Final = 12.0
 """Envoy writes its files every 10 s unless it is told otherwise."""
 KEPT_S: Final = 60
 _COMPLETED: Final = f"http.{names.LISTENER_PUBLIC}.downstream_rq_completed"
+_RUNNING: Final = f"http.{names.LISTENER_PUBLIC}.downstream_rq_active"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EnvoyCount:
-    """Requests that an Envoy has completed since its start, in unix seconds."""
+    """Requests that an Envoy has completed since its start, in unix seconds, and those that run."""
 
     started_s: int
     completed: int
+    running: int = 0
 
 
 class Seen:
@@ -128,10 +130,12 @@ class Reconciliation:
         try:
             info = await self._http.get(f"{base}/server_info", timeout=TIMEOUT_S)
             asked_s = self._clock_s()
-            query = {"format": "json", "filter": f"^{_COMPLETED}$"}
+            query = {"format": "json", "filter": f"^({_COMPLETED}|{_RUNNING})$"}
             stats = await self._http.get(f"{base}/stats", params=query, timeout=TIMEOUT_S)
             age_s = int(str(info.json()["uptime_current_epoch"]).removesuffix("s"))
-            found = [stat["value"] for stat in stats.json()["stats"] if stat.get("name") == _COMPLETED]
+            found = {stat["name"]: int(stat["value"]) for stat in stats.json()["stats"] if "name" in stat}
         except (httpx.HTTPError, ValueError, KeyError, TypeError):
             return None
-        return EnvoyCount(started_s=int(asked_s) - age_s, completed=int(found[0]) if found else 0)
+        return EnvoyCount(
+            started_s=int(asked_s) - age_s, completed=found.get(_COMPLETED, 0), running=found.get(_RUNNING, 0)
+        )

@@ -14,7 +14,7 @@ BYTES_PER_TOKEN: Final = 4
 STREAM_BYTES_PER_TOKEN: Final = 200
 """Of such a stream: an event of OpenAI's format has about 230 bytes, and most have one token."""
 _FAILED_FROM: Final = 400
-_CUT: Final = frozenset({"DC", "DR", "DPE", "UC", "UR", "UPE", "LR", "SI", "UMSDR", "DT"})
+CUT: Final = frozenset({"DC", "DR", "DPE", "UC", "UR", "UPE", "LR", "SI", "UMSDR", "DT"})
 """Flags of an answer that did not come to its end: the client left, or the backend, or it took too long."""
 _NOTHING: Final = TokenUsage(tokens_input=0, tokens_output=0)
 
@@ -61,7 +61,7 @@ def _tokens(finished: Finished) -> tuple[TokenUsage, Source | None]:
         return TokenUsage(tokens_input=counted.tokens_input, tokens_output=reported.tokens_output), "provider"
     if not finished.backend or not 0 < finished.status < _FAILED_FROM:
         return _NOTHING, None
-    cut = not _CUT.isdisjoint(finished.flags)
+    cut = not CUT.isdisjoint(finished.flags)
     if finished.counted is not None:
         return finished.counted, "partial" if cut else "tokenizer"
     tokens_output = finished.events
