@@ -28,7 +28,8 @@ SUBCOMMANDS: Final = (
     Subcommand(name="keys", module="cli.keys", summary="Create, list and revoke API keys."),
     Subcommand(name="limits", module="cli.limits", summary="Show what is used of limits, or reset it."),
     Subcommand(name="budget", module="cli.budget", summary="Show and set budgets."),
-    Subcommand(name="audit", module="cli.audit", summary="List audit events."),
+    Subcommand(name="audit", module="cli.audit", summary="List audit events, explain requests."),
+    Subcommand(name="usage", module="cli.usage", summary="Sum up usage, reconcile the counts."),
     Subcommand(name="status", module="cli.status", summary="Show the state of a running router."),
 )
 

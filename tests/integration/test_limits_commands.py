@@ -112,7 +112,9 @@ def test_denials_and_what_an_operator_did_are_in_one_trail(stack: Stack, org: st
     request_id = denied.headers["x-request-id"]
     eventually(lambda: output(stack, "audit", "list", "--request", request_id), "the denial is in the trail")
     output(stack, "limits", "reset", org, "--actor", "operator")
-    events = output(stack, "audit", "list", "--org", org)
+    trail = ("audit", "list", "--org", org)
+    eventually(lambda: output(stack, *trail)[0]["action"] == "LIMIT_RESET", "the ledger has read of the reset")
+    events = output(stack, *trail)
     assert [event["action"] for event in events] == ["LIMIT_RESET", "LIMIT_RESET", "REQUEST_DENIED", "BUDGET_SET"]
     assert [event["request_id"] for event in events] == ["", "", request_id, ""]
     assert [event["actor"] == "operator" for event in events] == [True, True, False, True]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from datetime import UTC, datetime
 from typing import Any
@@ -107,7 +108,22 @@ def test_entries_that_are_no_event_are_told(commands: Commands, limit_server: Se
     record(commands, an_event("1"))
     result = commands.invoke("audit", "list", "--json")
     assert result.exit_code == 0
-    assert result.stderr.startswith("1 entries of the stream")
+    assert "1 entries of the stream" in result.stderr
+
+
+def test_without_a_ledger_it_is_said_whose_events_these_are(commands: Commands) -> None:
+    record(commands, an_event("1"))
+    result = commands.invoke("audit", "list", "--json")
+    assert "There is no ledger" in result.stderr
+    assert "limit store" in result.stderr
+    assert [event["event_id"] for event in json.loads(result.stdout)] == ["1"]
+
+
+def test_store_that_is_named_is_asked_whether_there_is_a_ledger_or_not(commands: Commands) -> None:
+    record(commands, an_event("1"))
+    result = commands.invoke("audit", "list", "--redis", commands.address, "--json")
+    assert result.stderr == ""
+    assert [event["event_id"] for event in json.loads(result.stdout)] == ["1"]
 
 
 @pytest.mark.parametrize(
