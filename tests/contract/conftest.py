@@ -37,6 +37,7 @@ class Keys:
     signed: MadeKey
     other_model: MadeKey
     audit_only: MadeKey
+    models_only: MadeKey
     frugal: MadeKey
     expired: str = EXPIRED
 
@@ -135,6 +136,7 @@ def _keys(path: Path) -> Keys:
         signed=commands.create("--require-signature"),
         other_model=commands.create("--model", "other"),
         audit_only=commands.create("--scope", "audit"),
+        models_only=commands.create("--scope", "models"),
         frugal=commands.create(),
     )
 

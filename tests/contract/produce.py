@@ -8,12 +8,15 @@ from typing import Any
 
 import httpx
 
+from gateway.endpoints import AUDIT_PATH
 from gateway.errors import Reason
 from tests.contract.conftest import LEAK, World
 from tests.harness.calls import call
 from tests.harness.raw import exchange
 
 INFERENCE, CHAT, MODELS = "/v1/inference", "/v1/chat/completions", "/v1/models"
+EVENTS, RECEIPT = AUDIT_PATH, f"{AUDIT_PATH}/{uuid.UUID(int=7)}"
+READ = (MODELS, EVENTS, RECEIPT)
 BOTH = (INFERENCE, CHAT)
 JSON = {"content-type": "application/json"}
 
@@ -34,7 +37,17 @@ def keyed(key: Callable[[World], str | None], **headers: str) -> Produce:
     def produce(world: World, path: str) -> httpx.Response:
         with world.client(key(world)) as client:
             client.headers.update(headers)
-            return client.get(path) if path.startswith(MODELS) else post(client, path)
+            return client.get(path) if path in READ else post(client, path)
+
+    return produce
+
+
+def asked(**parameters: str) -> Produce:
+    """A question with such parameters."""
+
+    def produce(world: World, path: str) -> httpx.Response:
+        with world.client() as client:
+            return client.get(path, params=parameters)
 
     return produce
 
@@ -100,7 +113,8 @@ def signed(signature: str | None) -> Produce:
 
 
 SERVED = ("/v1/inference", "/v1/chat/completions", "/v1/completions", "/v1/embeddings", "/v1/responses")
-KEYED = (*SERVED, MODELS)
+SCOPED = (*SERVED, MODELS)
+KEYED = (*SERVED, *READ)
 
 PRODUCERS: Ways = {
     Reason.MALFORMED_REQUEST: [(BOTH, upgrade)],
@@ -121,6 +135,7 @@ PRODUCERS: Ways = {
         ((INFERENCE,), called(request_id="7")),
         ((INFERENCE,), called(metadata={"a": 1})),
         (SERVED, called(max_tokens=0, parameters={"max_tokens": 0})),
+        ((EVENTS,), asked(limit="0")),
     ],
     Reason.CONFLICTING_KEYS: [(KEYED, keyed(lambda world: world.keys.good.key, **{"x-api-key": "rk-another"}))],
     Reason.KEY_MISSING: [(KEYED, keyed(lambda _: ""))],
@@ -130,10 +145,14 @@ PRODUCERS: Ways = {
     Reason.SIGNATURE_MISSING: [(SERVED, signed(None))],
     Reason.SIGNATURE_WRONG: [(SERVED, signed("ab" * 32)), (BOTH, signed("not hex"))],
     Reason.MODEL_FORBIDDEN: [(BOTH, keyed(lambda world: world.keys.other_model.key))],
-    Reason.SCOPE_MISSING: [(KEYED, keyed(lambda world: world.keys.audit_only.key))],
+    Reason.SCOPE_MISSING: [
+        (SCOPED, keyed(lambda world: world.keys.audit_only.key)),
+        ((EVENTS, RECEIPT), keyed(lambda world: world.keys.models_only.key)),
+    ],
     Reason.BACKENDS_FORBIDDEN: [(BOTH, called("private"))],
     Reason.PATH_UNKNOWN: [((*KEYED, "/", "/nope", "/v1/status/healthz", "/v2/chat/completions"), another_method)],
-    Reason.MODEL_UNKNOWN: [(KEYED, another_model)],
+    Reason.MODEL_UNKNOWN: [(SCOPED, another_model)],
+    Reason.REQUEST_UNKNOWN: [((RECEIPT,), keyed(lambda world: world.keys.good.key))],
     Reason.BODY_TOO_LARGE: [
         (BOTH, announced),
         (BOTH, sent(lambda: megabytes(9))),

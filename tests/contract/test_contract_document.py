@@ -13,7 +13,7 @@ from openapi_spec_validator import validate
 
 from extproc.limit_answers import duration
 from extproc.replies import refusal
-from gateway.endpoints import HEALTHZ_PATH, MODELS_PATH, POST_ENDPOINTS, READYZ_PATH, Endpoint
+from gateway.endpoints import AUDIT_PATH, HEALTHZ_PATH, MODELS_PATH, POST_ENDPOINTS, READYZ_PATH, Endpoint
 from gateway.errors import REFUSALS, LimitContext, Reason, Refused
 from gateway.settings import VERSION
 from tests.contract.document import OURS, PATH, document
@@ -29,7 +29,8 @@ def test_paths_are_the_endpoints() -> None:
     posts = {path for path, item in paths.items() if "post" in item}
     gets = {path for path, item in paths.items() if "get" in item}
     assert posts == {endpoint.path for endpoint in POST_ENDPOINTS}
-    assert gets == {MODELS_PATH, f"{MODELS_PATH}/{{model}}", HEALTHZ_PATH, READYZ_PATH}
+    below = {f"{MODELS_PATH}/{{model}}", f"{AUDIT_PATH}/{{request_id}}"}
+    assert gets == {MODELS_PATH, AUDIT_PATH, HEALTHZ_PATH, READYZ_PATH, *below}
 
 
 @pytest.mark.parametrize("form", ["Router", "OpenAI"])

@@ -8,6 +8,7 @@ import httpx
 import pytest
 
 from tests.contract.conftest import World
+from tests.contract.produce import EVENTS, READ
 from tests.harness.calls import call
 from tests.harness.process import eventually
 
@@ -24,11 +25,11 @@ def outage(world: World) -> Iterator[World]:
         eventually(lambda: (r := world.stack.readyz()) is not None and r.status_code == 200, "ext_proc is back")
 
 
-@pytest.mark.parametrize("path", ["/v1/inference", "/v1/chat/completions", "/v1/embeddings", "/v1/models"])
+@pytest.mark.parametrize("path", ["/v1/inference", "/v1/chat/completions", "/v1/embeddings", "/v1/models", EVENTS])
 def test_endpoints_fail_closed(outage: World, path: str) -> None:
-    openai = path != "/v1/inference"
+    openai = path not in {"/v1/inference", EVENTS}
     with outage.client() as client:
-        response = client.get(path) if path == "/v1/models" else call(client, path)
+        response = client.get(path) if path in READ else call(client, path)
     assert response.status_code == 503
     outage.check(response)
     outage.check_error(response, openai=openai, code="service_unavailable" if openai else "SERVICE_UNAVAILABLE")
