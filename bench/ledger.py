@@ -62,19 +62,22 @@ async def measure() -> dict[str, float]:
     from tests.harness.usage_feed import a_ledger, feeding
 
     cores = sorted(os.sched_getaffinity(0))
-    with tempfile.TemporaryDirectory(prefix="rl-", dir="/tmp") as name, running_valkey() as redis_addr:
-        with a_ledger(Path(name), redis_addr=redis_addr, cores={cores[0]}) as ledger:
-            async with feeding(ledger) as feed:
-                found = await _steady(ledger, feed)
-                rss_mb = ledger.rss_mb()
-                rates = [await _flood(ledger, feed) for _ in range(ROUNDS)]
-                return {
-                    **found,
-                    "flood_per_s": statistics.median(rates),
-                    "rss_mb_first": rss_mb,
-                    "rss_mb_last": ledger.rss_mb(),
-                    "records": feed.told,
-                }
+    with (
+        tempfile.TemporaryDirectory(prefix="rl-", dir="/tmp") as name,
+        running_valkey() as redis_addr,
+        a_ledger(Path(name), redis_addr=redis_addr, cores={cores[0]}) as ledger,
+    ):
+        async with feeding(ledger) as feed:
+            found = await _steady(ledger, feed)
+            rss_mb = ledger.rss_mb()
+            rates = [await _flood(ledger, feed) for _ in range(ROUNDS)]
+            return {
+                **found,
+                "flood_per_s": statistics.median(rates),
+                "rss_mb_first": rss_mb,
+                "rss_mb_last": ledger.rss_mb(),
+                "records": feed.told,
+            }
 
 
 def main() -> None:

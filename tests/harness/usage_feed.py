@@ -168,7 +168,7 @@ def _a_request(number: int) -> dict[str, Any]:
         names.LIMITS_NAMESPACE: {
             names.METADATA_TOKENS_INPUT: "120",
             names.METADATA_TOKENS_OUTPUT: "4096",
-            names.METADATA_FIGURES: "1 org 200 199 10;6 org 500000000 499985000 86400000;7 org 50000000 49999000 86400000",
+            names.METADATA_FIGURES: "1 org 200 199 10;6 org 500000000 499985000 86400000;7 org 50000000 49 86400000",
         },
         names.USAGE_NAMESPACE: {"tokens_input": 118, "tokens_output": 240, "tokens_input_cached": 0},
     }
