@@ -1,4 +1,4 @@
-"""A million records: the ledger's memory does not grow with them, and what it has handed on and kept long enough goes."""
+"""A million records: the memory of the ledger does not grow with them, and what was kept long enough goes."""
 
 from __future__ import annotations
 
