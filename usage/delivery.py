@@ -12,11 +12,12 @@ import contextlib
 import json
 import sqlite3
 from collections.abc import Awaitable, Callable, Mapping, Sequence
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 
 from gateway.audit import AuditAction
 from gateway.telemetry import Logger
 from usage.archive import Archive, KeptEvent, Outgoing
+from usage.json_text import json_text
 from usage.metrics import LedgerMetrics
 from usage.outlet import BATCH_MAX, Message, Outlet, Refused
 from usage.record import MICRO, iso
@@ -28,6 +29,7 @@ EVENTS_TOPIC: Final = "audit.events.v1"
 RETRY_S: Final = 1.0
 LOOK_S: Final = 0.5
 
+Kept = TypeVar("Kept", Outgoing, KeptEvent)
 Places = Sequence[tuple[int, Message | None]]
 """What is next in a stream, by its place; None where nothing is handed on of it."""
 
@@ -160,15 +162,26 @@ class Delivery:
 
     async def _read_records(self, after: int) -> Places:
         found = await self._archive.outgoing(after=after, most=BATCH_MAX)
-        return [(request.seq, _record_message(request)) for request in found]
+        return [(request.seq, self._made(_record_message, request)) for request in found]
 
     async def _read_allowed(self, after: int) -> Places:
         found = await self._archive.outgoing(after=after, most=BATCH_MAX)
-        return [(request.seq, _allowed_message(request)) for request in found]
+        return [(request.seq, self._made(_allowed_message, request)) for request in found]
 
     async def _read_events(self, after: int) -> Places:
         found = await self._archive.outgoing_events(after=after, most=BATCH_MAX)
-        return [(event.seq, _message(event_json(event))) for event in found]
+        return [(event.seq, self._made(_event_message, event)) for event in found]
+
+    def _made(self, make: Callable[[Kept], Message | None], kept: Kept) -> Message | None:
+        """A message; None of what cannot be read, as a damaged spool may give it back: somebody has to look at it."""
+        try:
+            return make(kept)
+        except (ValueError, TypeError, KeyError) as error:
+            self._metrics.undeliverable.inc()
+            self._log.error(
+                "undeliverable", id=kept.request_id, place=kept.seq, error=f"{type(error).__name__}: {error}"
+            )
+            return None
 
 
 def count_mark(mark: str) -> str:
@@ -191,8 +204,12 @@ def _allowed_message(request: Outgoing) -> Message | None:
     return _message(allowed_event(request, json.loads(request.record)))
 
 
+def _event_message(event: KeptEvent) -> Message:
+    return _message(event_json(event))
+
+
 def _message(event: Mapping[str, Any]) -> Message:
-    value = json.dumps(event, ensure_ascii=False, separators=(",", ":")).encode()
+    value = json_text(event).encode()
     return Message(id=event["event_id"], topic=EVENTS_TOPIC, key=event["organization_id"], value=value)
 
 

@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import json
-from typing import Any, Final
+from typing import Any
 
 from limits import about as abouts
 from limits.model import Opened
 from policies.model import OrganizationId
 from usage.finished import Finished, Malformed
+from usage.json_text import json_text
 from usage.record import BILLED, MICRO, iso, kind_of, price_version, record_id, record_of
 from usage.settle import settlement_of, used
 from usage.spool import EXPIRE, Entry
-
-_readable: Final = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
-_escaped: Final = json.JSONEncoder(separators=(",", ":")).encode
 
 
 def entry_of(finished: Finished, *, tried_s: int | None = None) -> Entry | None:
@@ -29,7 +26,7 @@ def entry_of(finished: Finished, *, tried_s: int | None = None) -> Entry | None:
     use = used(finished)
     settlement = settlement_of(finished, use)
     try:
-        record = _dump(record_of(finished, use)) if kind in BILLED else None
+        record = json_text(record_of(finished, use)) if kind in BILLED else None
     except ValueError as error:
         raise Malformed(f"no record can be made of it: {error}") from error
     return Entry(
@@ -40,20 +37,10 @@ def entry_of(finished: Finished, *, tried_s: int | None = None) -> Entry | None:
         kind=kind,
         started_us=finished.started_us,
         record=record,
-        told=_dump(_told(finished)),
+        told=json_text(_told(finished)),
         settlement=settlement,
         tried_s=tried_s,
     )
-
-
-def _dump(value: dict[str, Any]) -> str:
-    """JSON text that UTF-8 can carry: a client may send half a surrogate pair, in escapes."""
-    text = _readable(value)
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return _escaped(value)
-    return text
 
 
 def _told(finished: Finished) -> dict[str, Any]:
@@ -130,7 +117,7 @@ def estimate_of(opened: Opened) -> Entry:
         organization_id=OrganizationId(opened.organization_id),
         kind="forwarded",
         started_us=started_us,
-        record=_dump(record),
-        told=_dump(told),
+        record=json_text(record),
+        told=json_text(told),
         settlement=EXPIRE,
     )
