@@ -5,17 +5,22 @@ from __future__ import annotations
 import sqlite3
 import struct
 import time
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
 from gateway.telemetry import Logger
-from usage.spool import Spool
+from usage.schema import TABLES
+from usage.spool import ALLOWED_MARK, EVENTS_MARK, JOURNAL_MARK, RECORDS_MARK, Spool
 
 CHECKED_MAX_BYTES: Final = 256 * 1024 * 1024
 """A larger file is not looked through at the start; what is damaged in it shows when it is read."""
 _HEADER_BYTES: Final = 32
 _FRAME_HEADER_BYTES: Final = 24
+_PAGE_BYTES: Final = 4096
+_MAGIC: Final = 0x377F0683
+"""Of a log whose checksums are big-endian; one less where they are little-endian."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -64,30 +69,91 @@ def _replaced(path: Path, error: sqlite3.DatabaseError, log: Logger) -> Spool:
     spool = Spool(path)
     rows = 0
     try:
-        rows = spool.take_over(aside)
+        rows = take_over(path, aside)
     except sqlite3.DatabaseError:
         log.exception("spool_unreadable", aside=str(aside))
     log.error("spool_damaged", error=str(error), aside=str(aside), rows_kept=rows)
     return spool
 
 
-def committed_frames(wal: Path) -> int:
-    """How many frames the log has, up to its last commit, by their headers. SQLite docs: "WAL-mode File Format"."""
+def take_over(path: Path, damaged: Path) -> int:
+    """Copy into a fresh spool what can still be read of a damaged one; how many rows.
+
+    The rest is in the journal, so that is read anew.
+    """
+    uri = f"file:{damaged}?mode=ro"
+    with (
+        closing(sqlite3.connect(path, isolation_level=None)) as fresh,
+        closing(sqlite3.connect(uri, uri=True, isolation_level=None)) as other,
+    ):
+        fresh.execute("BEGIN IMMEDIATE")
+        # From both ends up to the damage.
+        copied = sum(
+            _copy(other, fresh, table, f"{key} {order}") for table, key in TABLES.items() for order in ("ASC", "DESC")
+        )
+        fresh.execute("DELETE FROM marks WHERE name = ?", (JOURNAL_MARK,))
+        _begin_after(fresh, "requests", RECORDS_MARK, ALLOWED_MARK)
+        _begin_after(fresh, "events", EVENTS_MARK)
+        fresh.execute("COMMIT")
+    return copied
+
+
+def _copy(other: sqlite3.Connection, fresh: sqlite3.Connection, table: str, order: str) -> int:
+    copied = 0
     try:
-        size = wal.stat().st_size
+        for row in other.execute(f"SELECT * FROM {table} ORDER BY {order}"):  # noqa: S608 - names of ours
+            marks = ", ".join("?" * len(row))
+            added = fresh.execute(f"INSERT OR IGNORE INTO {table} VALUES ({marks})", row).rowcount  # noqa: S608
+            if not added:
+                break  # the other end has come as far as this
+            copied += 1
+    except sqlite3.DatabaseError:
+        return copied
+    return copied
+
+
+def _begin_after(fresh: sqlite3.Connection, table: str, *marks: str) -> None:
+    """Whatever comes has a later place than any mark: up to a mark everything counts as handed on."""
+    fresh.execute("DELETE FROM sqlite_sequence WHERE name = ?", (table,))
+    fresh.execute(
+        f"INSERT INTO sqlite_sequence SELECT ?, max((SELECT coalesce(max(seq), 0) FROM {table}),"  # noqa: S608
+        f" (SELECT coalesce(max(value), 0) FROM marks WHERE name IN ({', '.join('?' * len(marks))})))",
+        (table, *marks),
+    )
+
+
+def committed_frames(wal: Path) -> int:
+    """How many frames the log has, up to its last commit, by their headers. SQLite docs: "WAL-mode File Format".
+
+    What SQLite itself counts ends at the first frame that is not as it was written.
+    """
+    try:
+        size = wal.stat().st_size - _HEADER_BYTES
         with wal.open("rb") as file:
             header = file.read(_HEADER_BYTES)
-            if len(header) < _HEADER_BYTES:
+            if size <= 0:
                 return 0
+            if not _is_as_written(header):
+                return -(-size // (_FRAME_HEADER_BYTES + _PAGE_BYTES))
             page_size, salts = struct.unpack(">8xI4x8s8x", header)
             last = 0
-            for frame in range((size - _HEADER_BYTES) // (_FRAME_HEADER_BYTES + page_size)):
+            for frame in range(size // (_FRAME_HEADER_BYTES + page_size)):
                 file.seek(_HEADER_BYTES + frame * (_FRAME_HEADER_BYTES + page_size))
                 pages_after, frame_salts = struct.unpack(">4xI8s8x", file.read(_FRAME_HEADER_BYTES))
-                if frame_salts != salts:
-                    break
-                if pages_after:
+                # Of other salts are frames of an earlier time, and one that is damaged: then others follow.
+                if frame_salts == salts and pages_after:
                     last = frame + 1
             return last
     except FileNotFoundError:
         return 0
+
+
+def _is_as_written(header: bytes) -> bool:
+    """Whether a log's header has the checksum that it says."""
+    [magic] = struct.unpack(">I", header[:4])
+    words = struct.unpack(f"{'>' if magic & 1 else '<'}6I", header[:24])
+    one = other = 0
+    for first, second in zip(words[::2], words[1::2], strict=True):
+        one = (one + first + other) & 0xFFFFFFFF
+        other = (other + second + one) & 0xFFFFFFFF
+    return magic | 1 == _MAGIC and (one, other) == struct.unpack(">2I", header[24:])

@@ -122,12 +122,13 @@ class Settler:
     async def _send(self, batch: list[Entry]) -> None:
         batch = await self._marked_as_tried(batch)
         results = await asyncio.gather(*map(self._close, batch), return_exceptions=True)
-        settled, postponed, why = [], [], ""
+        settled: list[Entry] = []
+        postponed, why = [], ""
         for entry, result in zip(batch, results, strict=True):
             match result:
                 case Closing():
                     self._metrics.settlements.labels(result.outcome).inc()
-                    settled.append(entry.request_id)
+                    settled.append(entry)
                 case StoreUnavailable():
                     why = str(result)
                     postponed.append(entry)
@@ -145,7 +146,7 @@ class Settler:
     async def _marked_as_tried(self, batch: list[Entry]) -> list[Entry]:
         """It is written down that the store may know of a settlement, before it can."""
         now_s = int(self._clock_s())
-        untried = [(now_s, entry.request_id) for entry in batch if entry.tried_s is None]
+        untried = [(now_s, entry) for entry in batch if entry.tried_s is None]
         if not untried:
             return batch
         await self._writer.write(Changes(tried=untried))

@@ -18,11 +18,14 @@ from gateway.audit import AuditEvent
 from limits.model import Settlement
 from policies.model import OrganizationId
 from usage.finished import FailedAttempt
+from usage.json_text import json_text
 from usage.record import MICRO, Kind
-from usage.schema import SCHEMA, TABLES
+from usage.schema import SCHEMA
 
 _INSERT: Final = """INSERT OR IGNORE INTO requests (request_id, revision, client_request_id, organization_id, kind,
 started_us, record, told, settlement, tried_s, settled) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)"""
+JOURNAL_MARK: Final = "journal"
+"""Mark of how far the journal has been read."""
 RECORDS_MARK: Final = "records_delivered"
 ALLOWED_MARK: Final = "allowed_delivered"
 EVENTS_MARK: Final = "events_delivered"
@@ -63,13 +66,18 @@ class Changes:
     entries: list[Entry] = field(default_factory=list)
     attempts: list[FailedAttempt] = field(default_factory=list)
     events: list[AuditEvent] = field(default_factory=list)
-    settled: list[str] = field(default_factory=list)
-    tried: list[tuple[int, str]] = field(default_factory=list)
-    """Unix seconds and request id."""
+    settled: list[Entry] = field(default_factory=list)
+    tried: list[tuple[int, Entry]] = field(default_factory=list)
+    """Unix seconds, and what the limit store may know of since then."""
     tallies: Counter[str] = field(default_factory=Counter)
     marks: dict[str, int | str] = field(default_factory=dict)
     policies: list[tuple[str, str]] = field(default_factory=list)
     """Digests, and what they stand for."""
+
+    @property
+    def size(self) -> int:
+        """What takes room: requests and attempts. The rest is small, or its source waits for each."""
+        return len(self.entries) + len(self.attempts)
 
     def add(self, other: Changes) -> None:
         """Write another's together with these."""
@@ -135,8 +143,15 @@ class Spool:
             " VALUES (?, ?, ?, ?, ?, ?, ?)",
             map(_event_row, changes.events),
         )
-        self._db.executemany("UPDATE requests SET tried_s = ? WHERE request_id = ?", changes.tried)
-        self._db.executemany("UPDATE requests SET settled = 1 WHERE request_id = ?", ((i,) for i in changes.settled))
+        # Of that revision: another may have taken its place, and that is to be settled too.
+        self._db.executemany(
+            "UPDATE requests SET tried_s = ? WHERE request_id = ? AND revision = ?",
+            ((tried_s, entry.request_id, entry.revision) for tried_s, entry in changes.tried),
+        )
+        self._db.executemany(
+            "UPDATE requests SET settled = 1 WHERE request_id = ? AND revision = ?",
+            ((entry.request_id, entry.revision) for entry in changes.settled),
+        )
         self._db.executemany(
             "INSERT INTO tallies VALUES (?, ?)"
             " ON CONFLICT (kind) DO UPDATE SET requests = requests + excluded.requests",
@@ -165,7 +180,7 @@ class Spool:
     def unsettled(self, *, most: int) -> list[Entry]:
         """The oldest entries that the limit store has not taken, without what only matters to others."""
         found = self._db.execute(
-            "SELECT request_id, organization_id, settlement, tried_s FROM requests"
+            "SELECT request_id, revision, organization_id, settlement, tried_s FROM requests"
             " WHERE settled = 0 ORDER BY seq LIMIT ?",
             (most,),
         )
@@ -179,34 +194,9 @@ class Spool:
         """Whether the file holds together; takes seconds where it is large."""
         return bool(self._db.execute("PRAGMA quick_check(1)").fetchone()[0] == "ok")
 
-    def take_over(self, damaged: Path) -> int:
-        """Copy what can still be read of another file; how many rows."""
-        copied = 0
-        other = sqlite3.connect(f"file:{damaged}?mode=ro", uri=True, isolation_level=None)
-        try:
-            for table, key in TABLES.items():
-                for order in ("ASC", "DESC"):  # from both ends up to the damage
-                    copied += self._copy(other, table, f"{key} {order}")
-        finally:
-            other.close()
-        return copied
-
-    def _copy(self, other: sqlite3.Connection, table: str, order: str) -> int:
-        copied = 0
-        try:
-            for row in other.execute(f"SELECT * FROM {table} ORDER BY {order}"):  # noqa: S608 - names of ours
-                marks = ", ".join("?" * len(row))
-                added = self._db.execute(f"INSERT OR IGNORE INTO {table} VALUES ({marks})", row).rowcount  # noqa: S608
-                if not added:
-                    break  # the other end has come as far as this
-                copied += 1
-        except sqlite3.DatabaseError:
-            return copied
-        return copied
-
-    def checkpoint(self) -> None:
-        """Fold the whole log into the file, so that nothing hangs on the log any more."""
-        self._db.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+    def checkpoint(self) -> bool:
+        """Fold the whole log into the file, so that nothing hangs on the log; False: somebody still reads it."""
+        return not self._db.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()[0]
 
     def prune(self, *, before_us: int) -> int:
         """Remove some of what is older, was handed on and is settled; how much."""
@@ -254,7 +244,7 @@ def _written(settlement: Settlement | Literal["expire"] | None) -> str | None:
 
 
 def _entry_of(row: Sequence[Any]) -> Entry:
-    request_id, organization_id, written, tried_s = row
+    request_id, revision, organization_id, written, tried_s = row
     settlement: Settlement | Literal["expire"] = EXPIRE
     if written != EXPIRE:
         tokens, micro_usd, admitted_s, charge_to = json.loads(written)
@@ -268,7 +258,7 @@ def _entry_of(row: Sequence[Any]) -> Entry:
         )
     return Entry(
         request_id=request_id,
-        revision=0,
+        revision=revision,
         client_request_id="",
         organization_id=OrganizationId(organization_id),
         kind="forwarded",
@@ -288,5 +278,5 @@ def _event_row(event: AuditEvent) -> tuple[Any, ...]:
         event.actor,
         event.action.value,
         round(event.created_at * MICRO),
-        json.dumps(dict(event.metadata), separators=(",", ":")),
+        json_text(dict(event.metadata)),
     )

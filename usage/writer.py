@@ -15,7 +15,7 @@ from usage.metrics import LedgerMetrics
 from usage.spool import Changes, Entry, Spool
 
 ENTRIES_MAX: Final = 50_000
-"""Entries that wait to be written; a request has some 2 kB."""
+"""Entries and attempts that wait to be written; a request has some 2 kB."""
 TOGETHER_MAX: Final = 500
 RETRY_S: Final = 0.5
 T = TypeVar("T")
@@ -50,12 +50,12 @@ class Writer:
 
     @property
     def held(self) -> int:
-        """Entries that are not written yet."""
+        """Entries and attempts that are not written yet."""
         return self._held
 
     def offer(self, changes: Changes) -> bool:
         """Take changes to be written; False where there is no room."""
-        if self._held + len(changes.entries) > self._entries_max:
+        if self._held + changes.size > self._entries_max:
             return False
         self._take(changes, None)
         return True
@@ -89,7 +89,8 @@ class Writer:
     async def write_through(self) -> None:
         """Wait until everything so far is in the spool's own file."""
         await self.write(Changes())
-        await self.call(self._spool.checkpoint)
+        while not await self.call(self._spool.checkpoint):  # noqa: ASYNC110 - whoever reads tells nobody of it
+            await asyncio.sleep(self._retry_s)
 
     async def run(self) -> None:
         """Write what arrives, until cancelled."""
@@ -97,7 +98,7 @@ class Writer:
             await self._arrived.wait()
             together, waiting = self._next()
             fresh = await self.call(partial(self._spool.write, together))
-            self._hold(-len(together.entries))
+            self._hold(-together.size)
             for future in waiting:
                 if not future.done():
                     future.set_result(None)
@@ -119,13 +120,13 @@ class Writer:
 
     def _take(self, changes: Changes, safe: asyncio.Future[None] | None) -> None:
         self._queue.append((changes, safe))
-        self._hold(len(changes.entries))
+        self._hold(changes.size)
         self._arrived.set()
 
     def _next(self) -> tuple[Changes, list[asyncio.Future[None]]]:
         """What is written in one go."""
         together, waiting = Changes(), []
-        while self._queue and len(together.entries) < TOGETHER_MAX:
+        while self._queue and together.size < TOGETHER_MAX:
             changes, safe = self._queue.popleft()
             together.add(changes)
             if safe is not None:

@@ -1,0 +1,201 @@
+"""The spool: written together or not at all, what stands of two, what waits, and what is never removed."""
+
+from __future__ import annotations
+
+import sqlite3
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.unit.usage.usage_builders import START_S, a_settlement, a_spool, an_attempt, an_entry, an_event
+from usage.spool import ALLOWED_MARK, EVENTS_MARK, EXPIRE, RECORDS_MARK, Changes, Spool
+
+US = START_S * 1_000_000
+
+
+@pytest.fixture
+def spool(tmp_path: Path) -> Iterator[Spool]:
+    opened = a_spool(tmp_path)
+    yield opened
+    opened.close()
+
+
+def rows(spool: Spool, table: str) -> list[tuple[Any, ...]]:
+    """What another program reads of it."""
+    with closing(sqlite3.connect(f"file:{spool.path}?mode=ro", uri=True)) as db:
+        return list(db.execute(f"SELECT * FROM {table}"))
+
+
+def ids(spool: Spool) -> list[str]:
+    """Request ids in their order."""
+    return [row[1] for row in rows(spool, "requests")]
+
+
+# --- Together or not at all.
+
+
+def test_everything_is_written_together(spool: Spool) -> None:
+    fresh = spool.write(
+        Changes(
+            entries=[an_entry("r-1"), an_entry("r-2", settlement=None, record=None, kind="refused")],
+            attempts=[an_attempt(flags=("UF", "URX"))],
+            events=[an_event()],
+            tallies=Counter(forwarded=2),
+            marks={"journal": "7:8"},
+            policies=[("0a", "{}")],
+        )
+    )
+    assert [entry.request_id for entry in fresh] == ["r-1", "r-2"]
+    assert ids(spool) == ["r-1", "r-2"]
+    assert [row[4] for row in rows(spool, "attempts")] == ["UF,URX"]
+    assert [row[1] for row in rows(spool, "events")] == ["e-1"]
+    assert dict(rows(spool, "tallies")) == {"forwarded": 2}
+    assert spool.mark("journal", "") == "7:8"
+    assert rows(spool, "policies") == [("0a", "{}")]
+
+
+@pytest.mark.parametrize(
+    "broken",
+    [
+        Changes(entries=[an_entry("r-2")], marks={"m": object()}),  # type: ignore[dict-item]
+        Changes(entries=[an_entry("r-2", started_us=2**70)]),
+        Changes(entries=[an_entry("r-2")], events=[an_event(metadata={"x": {1}})]),
+    ],
+    ids=["a mark that is no value", "a number too large", "an event that is no JSON"],
+)
+def test_nothing_is_written_of_what_cannot_all_be(spool: Spool, broken: Changes) -> None:
+    spool.write(Changes(entries=[an_entry("r-1")], marks={"m": 1}))
+    good = Changes(entries=[an_entry("r-0")], tallies=Counter(forwarded=1))
+    good.add(broken)
+    with pytest.raises((sqlite3.Error, OverflowError, TypeError)):
+        spool.write(good)
+    assert ids(spool) == ["r-1"]
+    assert rows(spool, "tallies") == []
+    assert spool.mark("m", 0) == 1
+    assert [entry.request_id for entry in spool.write(Changes(entries=[an_entry("r-3")]))] == ["r-3"]
+
+
+def test_tallies_add_up_and_the_last_mark_stands(spool: Spool) -> None:
+    for number in range(3):
+        spool.write(Changes(tallies=Counter(forwarded=2, limited=number), marks={"m": number}))
+    assert dict(rows(spool, "tallies")) == {"forwarded": 6, "limited": 3}
+    assert spool.mark("m", None) == 2
+    assert spool.mark("other", "none") == "none"
+
+
+# --- Which of two entries of one request stands.
+
+
+def test_request_told_of_again_changes_nothing(spool: Spool) -> None:
+    spool.write(Changes(entries=[an_entry("r-1", record="first")]))
+    assert spool.write(Changes(entries=[an_entry("r-1", record="second")])) == []
+    assert [row[7] for row in rows(spool, "requests")] == ["first"]
+
+
+@pytest.mark.parametrize("together", [True, False])
+@pytest.mark.parametrize("first", [0, 1])
+def test_higher_revision_stands_whichever_comes_first(spool: Spool, first: int, together: bool) -> None:
+    entries = [an_entry("r-1", revision=revision, record=f"{revision}") for revision in (first, 1 - first)]
+    for changes in [Changes(entries=entries)] if together else [Changes(entries=[entry]) for entry in entries]:
+        spool.write(changes)
+    assert [(row[2], row[7]) for row in rows(spool, "requests")] == [(1, "1")]
+
+
+def test_entry_that_takes_anothers_place_is_handed_on_after_it(spool: Spool) -> None:
+    spool.write(Changes(entries=[an_entry("r-1", revision=0), an_entry("r-2")]))
+    spool.write(Changes(entries=[an_entry("r-1", revision=1)]))
+    assert ids(spool) == ["r-2", "r-1"]
+    assert rows(spool, "requests")[1][0] > 2
+
+
+# --- What is to be settled.
+
+
+def test_unsettled_come_back_as_they_were_written_the_oldest_first(spool: Spool) -> None:
+    settlement = a_settlement("r-2", micro_usd=2**40, charge_to='org:DAILY "é')
+    spool.write(
+        Changes(
+            entries=[
+                an_entry("r-1", settlement=EXPIRE, revision=0),
+                an_entry("r-2", settlement=settlement, tried_s=5),
+                an_entry("r-3", settlement=None),
+                an_entry("r-4"),
+            ]
+        )
+    )
+    found = spool.unsettled(most=10)
+    assert [(entry.request_id, entry.settlement, entry.tried_s, entry.revision) for entry in found] == [
+        ("r-1", EXPIRE, None, 0),
+        ("r-2", settlement, 5, 1),
+        ("r-4", a_settlement("r-4"), None, 1),
+    ]
+    assert [entry.request_id for entry in spool.unsettled(most=2)] == ["r-1", "r-2"]
+
+
+def test_settled_and_tried_are_marked(spool: Spool) -> None:
+    entries = [an_entry("r-1"), an_entry("r-2")]
+    spool.write(Changes(entries=entries))
+    spool.write(Changes(settled=entries[:1], tried=[(9, entries[1])]))
+    assert [(entry.request_id, entry.tried_s) for entry in spool.unsettled(most=10)] == [("r-2", 9)]
+
+
+def test_settled_estimate_does_not_settle_what_took_its_place(spool: Spool) -> None:
+    estimate = an_entry("r-1", revision=0, settlement=EXPIRE)
+    spool.write(Changes(entries=[estimate]))
+    spool.write(Changes(entries=[an_entry("r-1", revision=1)]))
+    spool.write(Changes(settled=[estimate], tried=[(9, estimate)]))
+    assert [(entry.revision, entry.tried_s) for entry in spool.unsettled(most=10)] == [(1, None)]
+
+
+# --- What is removed, and what never is.
+
+
+def delivered(spool: Spool, **places: int) -> None:
+    marks: dict[str, int | str] = {RECORDS_MARK: 9, ALLOWED_MARK: 9, EVENTS_MARK: 9}
+    spool.write(Changes(marks=marks | places))
+
+
+def test_what_is_old_settled_and_handed_on_is_removed(spool: Spool) -> None:
+    entries = [an_entry("old"), an_entry("new", started_us=US + 2)]
+    events = [an_event("old"), an_event("new", created_at=START_S + 1.0)]
+    attempts = [an_attempt(), an_attempt(started_us=US + 2)]
+    spool.write(Changes(entries=entries, events=events, attempts=attempts, settled=entries))
+    delivered(spool)
+    assert spool.prune(before_us=US + 1) == 3
+    assert ids(spool) == ["new"]
+    assert [row[1] for row in rows(spool, "events")] == ["new"]
+    assert [row[1] for row in rows(spool, "attempts")] == [US + 2]
+    assert spool.prune(before_us=US + 1) == 0
+
+
+@pytest.mark.parametrize(
+    "places",
+    [{RECORDS_MARK: 0}, {ALLOWED_MARK: 0}, {RECORDS_MARK: 0, ALLOWED_MARK: 0}],
+    ids=["no record was handed on", "no event of it was", "neither was"],
+)
+def test_what_was_not_handed_on_is_never_removed(spool: Spool, places: dict[str, int]) -> None:
+    spool.write(Changes(entries=[an_entry("r-1")], events=[an_event()], settled=[an_entry("r-1")]))
+    delivered(spool, **places, **{EVENTS_MARK: 0})
+    assert spool.prune(before_us=2**60) == 0
+    assert ids(spool) == ["r-1"]
+    assert len(rows(spool, "events")) == 1
+
+
+def test_what_was_not_settled_is_never_removed(spool: Spool) -> None:
+    spool.write(Changes(entries=[an_entry("r-1"), an_entry("r-2", settlement=None)]))
+    delivered(spool)
+    assert spool.prune(before_us=2**60) == 1
+    assert ids(spool) == ["r-1"]
+
+
+def test_places_are_never_used_again(spool: Spool) -> None:
+    """A mark says how far was handed on: what comes after everything was removed is behind it."""
+    spool.write(Changes(entries=[an_entry(f"r-{number}", settlement=None) for number in range(5)]))
+    delivered(spool)
+    assert spool.prune(before_us=2**60) == 5
+    spool.write(Changes(entries=[an_entry("r-5")]))
+    assert [row[0] for row in rows(spool, "requests")] == [6]
