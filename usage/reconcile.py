@@ -27,6 +27,8 @@ SAME_EPOCH_S: Final = 2
 LAG_S: Final = 12.0
 """Envoy writes its files every 10 s unless it is told otherwise."""
 KEPT_S: Final = 60
+SECONDS_MAX: Final = 3600
+"""With requests in them, that are remembered while no Envoy says how old it is."""
 _COMPLETED: Final = f"http.{names.LISTENER_PUBLIC}.downstream_rq_completed"
 _RUNNING: Final = f"http.{names.LISTENER_PUBLIC}.downstream_rq_active"
 
@@ -53,6 +55,8 @@ class Seen:
     def add(self, started_s: int) -> None:
         """One more, which began in that second."""
         self._recent[started_s] += 1
+        if len(self._recent) > SECONDS_MAX:
+            del self._recent[min(self._recent)]
         if self._epoch_s is None or started_s >= self._epoch_s:
             self._requests += 1
 
