@@ -329,7 +329,7 @@ def test_explain_agrees_with_what_was_written_down(stack: Stack, acme: httpx.Cli
         assert verdicts.keys() >= {"candidates", "decision", "price of 1,000 tokens", "cost in micro-dollars", "policy"}
 
 
-def tamper(stack: Stack, request_id: str, column: str, before: str, after: str) -> None:  # noqa: PLR0917
+def tamper(stack: Stack, request_id: str, column: str, before: str, after: str) -> None:
     """Change what the ledger has on its disk."""
     with closing(sqlite3.connect(stack.directory / "usage.db", isolation_level=None, timeout=10)) as db:
         [(kept,)] = db.execute(f"SELECT {column} FROM requests WHERE request_id = ?", (request_id,))

@@ -18,6 +18,7 @@ from extproc.exchange import (
     Event,
     Forward,
     OutOfPhase,
+    Pass,
     Reply,
     RequestBody,
     RequestHeaders,
@@ -32,7 +33,7 @@ from extproc.pipeline import Deciders, Decision
 from extproc.policy import PolicyTable
 from gateway import names
 from gateway.audit import AuditEvent
-from gateway.endpoints import CHAT_PATH, COMPLETION_PATH, INFERENCE_PATH, MODELS_PATH
+from gateway.endpoints import AUDIT_PATH, CHAT_PATH, COMPLETION_PATH, INFERENCE_PATH, MODELS_PATH
 from gateway.errors import REFUSALS, Reason, StoreUnavailable
 from limits.model import Admission, Admitted, Claimed, Demand, Denied, Figure, LimitKind, StoredAnswer
 from policies.limits import CallerLimits
@@ -270,6 +271,35 @@ async def test_models_are_answered_at_once(path: str) -> None:
     assert talk.outcomes.counted == {("models", "answered"): 1}
     assert command.metadata[-2:] == ((names.METADATA_REASON, names.REASON_LISTED), CLOSED)
     assert (names.METADATA_ENDPOINT, "models") in command.metadata
+
+
+@pytest.mark.parametrize("path", [AUDIT_PATH, f"{AUDIT_PATH}?limit=1", f"{AUDIT_PATH}/{REQUEST_ID}"])
+@pytest.mark.parametrize(
+    ("scopes", "headers"),
+    [
+        ((), {names.HEADER_ORGANIZATION: "acme"}),
+        (("audit",), {names.HEADER_ORGANIZATION: "acme"}),
+        (("inference", "*"), {names.HEADER_ORGANIZATION: "acme"}),
+        (("admin",), {names.HEADER_ORGANIZATION: "acme", names.HEADER_ADMIN: "true"}),
+    ],
+    ids=["any key", "audit", "everything within", "admin"],
+)
+async def test_ledger_is_asked_for_the_organisation_or_with_the_admin_scope_for_all(
+    path: str, scopes: tuple[str, ...], headers: dict[str, str]
+) -> None:
+    talk = Dialogue(record={"scopes": frozenset(scopes)})
+    command = await talk.headers(path, content_type=None, ends=True)
+    assert isinstance(command, Pass)
+    assert dict(command.headers) == headers
+    assert command.metadata[-2:] == ((names.METADATA_REASON, names.REASON_LISTED), CLOSED)
+    assert (names.METADATA_ENDPOINT, "audit") in command.metadata
+    assert talk.outcomes.counted == {("audit", "forwarded"): 1}
+
+
+async def test_ledger_is_not_asked_without_a_key_or_its_scope() -> None:
+    assert refused(await Dialogue().headers(AUDIT_PATH, authorization=None, ends=True)) == (401, "AUTH_INVALID")
+    narrow = Dialogue(record={"scopes": frozenset({"models"})})
+    assert refused(await narrow.headers(AUDIT_PATH, ends=True)) == (403, "FORBIDDEN")
 
 
 async def test_model_is_found_by_its_escaped_name() -> None:

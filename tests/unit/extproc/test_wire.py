@@ -30,6 +30,7 @@ from extproc.exchange import (
     Continue,
     Event,
     Forward,
+    Pass,
     Reply,
     RequestBody,
     RequestHeaders,
@@ -66,6 +67,7 @@ REPLIES = st.builds(
     metadata=st.just(()) | METADATA,
     limits=LIMITS,
 )
+PASSES = st.builds(Pass, headers=PAIRS, metadata=METADATA)
 REQUEST_HEADERS = RequestHeaders(headers={}, ends=False)
 REQUEST_BODY = RequestBody(body=b"")
 RESPONSE_BODY = ResponseBody(body=b"")
@@ -133,9 +135,10 @@ def test_both_codecs_read_and_write_the_same_requests(event: Event) -> None:
     assert decode(ours.SerializeToString()) == event
 
 
-@given(FORWARDS | REWRITES | REPLIES)
-def test_both_codecs_read_and_write_the_same_responses(command: Forward | Rewrite | Reply) -> None:
-    event: Event = RESPONSE_BODY if isinstance(command, Rewrite) else REQUEST_BODY
+@given(FORWARDS | PASSES | REWRITES | REPLIES)
+def test_both_codecs_read_and_write_the_same_responses(command: Forward | Pass | Rewrite | Reply) -> None:
+    events: dict[type, Event] = {Rewrite: RESPONSE_BODY, Pass: REQUEST_HEADERS}
+    event = events.get(type(command), REQUEST_BODY)
     ours = message("envoy.service.ext_proc.v3.ProcessingResponse").FromString(encode(command, event))
     theirs = ProcessingResponse.parse(ours.SerializeToString())
     assert message("envoy.service.ext_proc.v3.ProcessingResponse").FromString(bytes(theirs)) == ours
@@ -153,6 +156,17 @@ def test_forward_says_headers_body_and_metadata(command: Forward) -> None:
     assert common.body_mutation == (None if command.body is None else BodyMutation(body=command.body))
     assert metadata_of(said, names.METADATA_NAMESPACE) == dict(command.metadata)
     assert metadata_of(said, names.LIMITS_NAMESPACE) == dict(command.limits)
+
+
+@given(PASSES)
+def test_pass_says_headers_and_metadata_and_leaves_the_route(command: Pass) -> None:
+    said = response_to(command, REQUEST_HEADERS)
+    assert said.request_headers is not None
+    common = said.request_headers.response
+    assert isinstance(common, CommonResponse)
+    assert not common.clear_route_cache
+    assert headers_of(common.header_mutation) == dict(command.headers)
+    assert metadata_of(said, names.METADATA_NAMESPACE) == dict(command.metadata)
 
 
 @given(REWRITES)
