@@ -91,9 +91,9 @@ def events(client: httpx.Client, **asked: Any) -> list[dict[str, Any]]:
 def router(stack: Stack, *arguments: str) -> subprocess.CompletedProcess[str]:
     """Run ``router`` as an operator on the machine does."""
     command = [sys.executable, "-m", "cli", *arguments]
-    return subprocess.run(
-        command, env={**os.environ, **stack.environ}, cwd=ROOT, capture_output=True, text=True, timeout=60, check=False
-    )
+    # Without the width that pytest-xdist gives a terminal: a line of a table is to stay a line.
+    env = {name: value for name, value in (os.environ | stack.environ).items() if name != "COLUMNS"}
+    return subprocess.run(command, env=env, cwd=ROOT, capture_output=True, text=True, timeout=60, check=False)
 
 
 def output(stack: Stack, *arguments: str, code: int = 0) -> Any:

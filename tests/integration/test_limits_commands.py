@@ -38,8 +38,11 @@ def limit(stack: Stack, org: str, **limits: Any) -> None:
 
 
 def router(stack: Stack, *arguments: str) -> subprocess.CompletedProcess[str]:
-    """Run the command in the stack's RUN_DIR, and tell it of no store: it finds the embedded one."""
-    told = {name: value for name, value in (os.environ | stack.environ).items() if name != "REDIS_ADDR"}
+    """Run the command in the stack's RUN_DIR, and tell it of no store: it finds the embedded one.
+
+    Nor of the width of a terminal, which pytest-xdist sets: a line of a table is to stay a line.
+    """
+    told = {n: value for n, value in (os.environ | stack.environ).items() if n not in {"REDIS_ADDR", "COLUMNS"}}
     return subprocess.run(
         [sys.executable, "-m", "cli", *arguments], env=told, cwd=ROOT, capture_output=True, text=True, check=False
     )
