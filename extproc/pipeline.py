@@ -275,6 +275,8 @@ class Decision:
             event = denial(caller, said, request_id=request_id, now_s=self._deciders.clock_s())
             self._deciders.audit.record(event)
         reply = refusal(refused, openai=head.endpoint.openai, trace_id=ids.trace_id)
+        if head.endpoint is _AUDIT:
+            reply = replace(reply, headers=(*reply.headers, names.NO_STORE))
         figures = refused.figures if isinstance(refused, LimitRefused) else ()
         return self._replied(reply, refused.refusal.code, closed=outage is None, figures=figures)
 

@@ -53,6 +53,8 @@ HEADER_RETRY_AFTER: Final = "retry-after"
 HEADER_RETRY_AFTER_MS: Final = "retry-after-ms"
 HEADER_SHOULD_RETRY: Final = "x-should-retry"
 HEADER_IDEMPOTENT_REPLAY: Final = "x-idempotent-replay"
+NO_STORE: Final = ("cache-control", "no-store")
+"""On every answer of the audit endpoints, whoever of the three gives it."""
 RATE_LIMIT_HEADERS: Final = tuple(
     f"x-ratelimit-{figure}-{unit}" for unit in ("requests", "tokens") for figure in ("limit", "remaining", "reset")
 )

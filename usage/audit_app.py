@@ -35,7 +35,7 @@ from usage.spool import RECORDS_MARK
 
 POLICIES_MAX: Final = 8
 """Policies that are kept worked out: receipts are mostly asked for of the newest."""
-_HEADERS: Final = {"cache-control": "no-store"}
+_HEADERS: Final = dict([names.NO_STORE])
 _TRACEPARENT: Final = re.compile(r"[0-9a-f]{2}-([0-9a-f]{32})-[0-9a-f]{16}-[0-9a-f]{2}")
 
 Answer = Callable[[Request], Awaitable[Response]]

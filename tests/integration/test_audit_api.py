@@ -245,6 +245,9 @@ def test_nobody_makes_himself_an_admin_or_another_organisation(stack: Stack, acm
         other.headers.update(feigned)
         assert other.get(f"{REQUESTS}/{request_id}").status_code == 404
         assert other.get(REQUESTS, params={"organization": "somebody"}).status_code == 403
+    with stack.client("nobody-knows-it") as nobody:
+        refused = nobody.get(f"{REQUESTS}/{request_id}")
+        assert (refused.status_code, refused.headers["cache-control"]) == (401, "no-store")
 
 
 @pytest.mark.parametrize("path", ["/operator/sums", "/v1/audit/../../operator/sums", "/healthz", "/v1/audit"])
@@ -448,6 +451,7 @@ def test_dead_ledger_is_a_503_and_the_store_tells_what_it_knows(stack: Stack, ac
             assert response.status_code == 503
             assert response.json()["code"] == "SERVICE_UNAVAILABLE"
             assert response.json()["trace_id"] == response.headers["x-request-id"]
+            assert response.headers["cache-control"] == "no-store"
         done = router(stack, "audit", "list", "--org", "poor")
         assert done.returncode == 0
         assert "limit store" in done.stderr

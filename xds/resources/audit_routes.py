@@ -24,7 +24,7 @@ from envoy_data_plane.google.protobuf import Any
 
 from gateway import names
 from gateway.endpoints import AUDIT_PATH
-from xds.resources.encode import seconds
+from xds.resources.encode import header, seconds
 from xds.resources.filters import EXT_PROC
 
 TIMEOUT_S = 5.0
@@ -64,5 +64,6 @@ def audit_routes() -> Iterator[Route]:
                 ),
             ),
             request_headers_to_remove=list(_SECRET_HEADERS),
+            response_headers_to_add=[header(*names.NO_STORE)],
             typed_per_filter_config={EXT_PROC: Any.pack(per_route)},
         )
