@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
-from typing import Final
+from typing import Any, Final
 
 from gateway.telemetry import Logger
 from usage.access_log import Batch, Running
@@ -23,6 +23,8 @@ from usage.writer import Writer
 
 KNOWN_MAX: Final = 100_000
 """Requests told of by gRPC that the journal has not told of yet."""
+AHEAD_MAX: Final = 10_000
+"""Requests of the journal that gRPC has not told of; of most it will not."""
 
 
 class Intake:
@@ -61,6 +63,12 @@ class Intake:
         self._recovered = recovered
         self._known_max = known_max
         self._known: OrderedDict[str, tuple[Kind, int]] = OrderedDict()
+        self._ahead: OrderedDict[str, None] = OrderedDict()
+
+    @property
+    def remembered(self) -> int:
+        """Requests that were told of one way and not yet the other."""
+        return len(self._known) + len(self._ahead)
 
     def receive(self, batch: Batch) -> None:
         """Take what came by gRPC. Never waits: what there is no room for comes again by the journal."""
@@ -69,14 +77,15 @@ class Intake:
         self._metrics.log_entries.inc(len(batch.finished) + len(batch.attempts))
         changes, known, tried_s = Changes(attempts=list(batch.attempts)), {}, self._tried_s()
         for ended in batch.finished:
-            if self._add(changes, ended, tried_s):
+            if ended.request_id in self._ahead:
+                del self._ahead[ended.request_id]
+            elif self._add(changes, ended, tried_s):
                 known[ended.request_id] = (kind_of(ended), ended.started_us // MICRO)
         if (changes.entries or changes.attempts) and not self._writer.offer(changes):
             self._metrics.dropped.inc(len(changes.entries))
             known = {}
         self._known.update(known)
-        while len(self._known) > self._known_max:
-            self._known.popitem(last=False)
+        _keep_newest(self._known, self._known_max)
         if batch.running:
             self._running(batch.running)
 
@@ -85,6 +94,7 @@ class Intake:
         changes, tried_s = Changes(), self._tried_s()
         for line in lines:
             self._add_line(changes, line, tried_s)
+        _keep_newest(self._ahead, AHEAD_MAX)
         changes.marks = {"journal": position, "seen": self._seen.written()}
         await self._writer.write(changes)
 
@@ -103,6 +113,7 @@ class Intake:
             if self._recovered:
                 tried_s = (told.started_us + 1000 * told.duration_ms) // MICRO
             self._add(changes, told, tried_s)
+            self._ahead[told.request_id] = None
         kind, started_s = known
         changes.tallies[kind] += 1
         self._seen.add(started_s)
@@ -120,3 +131,8 @@ class Intake:
     def _malformed(self, problem: str) -> None:
         self._metrics.malformed.inc()
         self._log.error("access_log_malformed", problem=problem)
+
+
+def _keep_newest(of: OrderedDict[str, Any], most: int) -> None:
+    while len(of) > most:
+        of.popitem(last=False)

@@ -123,6 +123,15 @@ async def test_request_is_taken_once_whichever_comes_first(tmp_path: Path, first
         assert ledger.rows("request_id") == [("r-1",)]
 
 
+@pytest.mark.parametrize("order", ["hear read", "read hear", "hear read hear read"])
+async def test_what_was_told_both_ways_is_not_remembered(tmp_path: Path, order: str) -> None:
+    async with running(tmp_path) as ledger:
+        for way in order.split():
+            assert ledger.intake.remembered in {0, 1}
+            await getattr(ledger, way)(told())
+        assert ledger.intake.remembered == 0
+
+
 @pytest.mark.parametrize("way", ["hear", "read"])
 async def test_both_ways_write_the_same(tmp_path: Path, way: str) -> None:
     told_of = told(usage={"tokens_input": 7, "tokens_output": 9}, flags=("DC",), path='/"é')
