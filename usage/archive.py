@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import sqlite3
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, NamedTuple, TypeVar
+
+from usage.json_text import from_json
 
 T = TypeVar("T")
 
@@ -209,7 +210,7 @@ def _request(row: Sequence[Any]) -> KeptRequest:
         kind=kind,
         started_us=started_us,
         record=record,
-        told=json.loads(told),
+        told=from_json(told),
         settlement=settlement,
         settled=bool(settled),
     )

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import json
 import sqlite3
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Any, Final, TypeVar
@@ -17,7 +16,7 @@ from typing import Any, Final, TypeVar
 from gateway.audit import AuditAction
 from gateway.telemetry import Logger
 from usage.archive import Archive, KeptEvent, Outgoing
-from usage.json_text import json_text
+from usage.json_text import from_json, json_text
 from usage.metrics import LedgerMetrics
 from usage.outlet import BATCH_MAX, Message, Outlet, Refused
 from usage.record import MICRO, iso
@@ -192,7 +191,7 @@ def count_mark(mark: str) -> str:
 def _record_message(request: Outgoing) -> Message | None:
     if request.record is None:
         return None
-    fields = json.loads(request.record)
+    fields = from_json(request.record)
     return Message(
         id=fields["record_id"], topic=RECORDS_TOPIC, key=request.organization_id, value=request.record.encode()
     )
@@ -201,7 +200,7 @@ def _record_message(request: Outgoing) -> Message | None:
 def _allowed_message(request: Outgoing) -> Message | None:
     if request.record is None or request.kind != "forwarded":
         return None
-    return _message(allowed_event(request, json.loads(request.record)))
+    return _message(allowed_event(request, from_json(request.record)))
 
 
 def _event_message(event: KeptEvent) -> Message:
@@ -238,5 +237,5 @@ def event_json(event: KeptEvent) -> dict[str, Any]:
         "actor": event.actor,
         "action": event.action,
         "created_at": iso(event.created_us),
-        "metadata": json.loads(event.metadata),
+        "metadata": from_json(event.metadata),
     }

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from typing import Any, Final
 
 from gateway import names
 from policies.model import BackendId
 from usage.finished import NONE, FailedAttempt, Fields, Finished, Malformed, check_storable, finished
+from usage.json_text import from_json
 
 _REQUEST_ID: Final = b'"request_id":"'
 _NUMBER_MAX: Final = 2**53
@@ -32,7 +32,7 @@ def decode_line(line: bytes) -> Finished | FailedAttempt:
         Malformed: it cannot be used.
     """
     try:
-        told = json.loads(line)
+        told = from_json(line)
         if told["listener"] == names.LISTENER_BACKENDS:
             return _attempt(told)
         return finished(

@@ -63,8 +63,13 @@ def _digest(line: str) -> str:
 
 def iso(unix_us: int) -> str:
     """RFC 3339 in UTC, with microseconds."""
-    at = datetime.fromtimestamp(unix_us // MICRO, UTC)
-    return f"{at:%Y-%m-%dT%H:%M:%S}.{unix_us % MICRO:06d}Z"
+    return f"{_second(unix_us // MICRO)}.{unix_us % MICRO:06d}Z"
+
+
+@lru_cache(maxsize=256)
+def _second(unix_s: int) -> str:
+    """Of the requests of one second the same."""
+    return f"{datetime.fromtimestamp(unix_s, UTC):%Y-%m-%dT%H:%M:%S}"
 
 
 def record_of(finished: Finished, use: Used) -> dict[str, Any]:
