@@ -135,7 +135,7 @@ def finished(
         path=path,
         stream=said.get(names.METADATA_STREAM) is True,
         backend=BackendId(backend),
-        last_backend=BackendId(backend or cluster.removeprefix(names.entry_cluster(""))),
+        last_backend=BackendId(backend or _backend_of(cluster)),
         decision=decision,
         status=status,
         flags=flags,
@@ -158,6 +158,12 @@ def finished(
         client_request_id=client_request_id,
         labels=_text(limits, names.METADATA_LABELS),
     )
+
+
+def _backend_of(cluster: str) -> str:
+    """The backend that a cluster leads to; '' for those that lead to none, which only the journal names."""
+    prefix = names.entry_cluster("")
+    return cluster.removeprefix(prefix) if cluster.startswith(prefix) else ""
 
 
 def check_storable(started_us: int, *texts: str) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Final, Literal
 
+from gateway.endpoints import Kind
 from limits.model import Settlement
 from policies.price import cost_micro_usd, dearest
 from usage.finished import Finished, TokenUsage, prices_of
@@ -64,14 +65,22 @@ def _tokens(finished: Finished) -> tuple[TokenUsage, Source | None]:
     cut = not CUT.isdisjoint(finished.flags)
     if finished.counted is not None:
         return finished.counted, "partial" if cut else "tokenizer"
-    tokens_output = finished.events
-    if not finished.events:
-        tokens_output = -(-finished.body_bytes // (STREAM_BYTES_PER_TOKEN if finished.stream else BYTES_PER_TOKEN))
+    tokens_output = _sent(finished, cut=cut)
     # Nobody is charged more than was granted, but for what somebody has counted.
     sent = TokenUsage(
         tokens_input=finished.tokens_input, tokens_output=min(finished.tokens_output or tokens_output, tokens_output)
     )
     return sent, "partial" if cut or finished.events else "estimated"
+
+
+def _sent(finished: Finished, *, cut: bool) -> int:
+    """Output tokens of an answer that nobody has counted: events with text of a stream, else by its size."""
+    if finished.endpoint == Kind.EMBEDDING.value:
+        return 0
+    # A stream of /v1/responses begins with events that have no text: left among them, it has sent nothing.
+    if finished.events or (cut and finished.stream and finished.endpoint == Kind.RESPONSE.value):
+        return finished.events
+    return -(-finished.body_bytes // (STREAM_BYTES_PER_TOKEN if finished.stream else BYTES_PER_TOKEN))
 
 
 def settlement_of(finished: Finished, use: Used) -> Settlement | None:

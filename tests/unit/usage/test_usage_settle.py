@@ -45,6 +45,9 @@ def tokens(use: Used) -> tuple[int, int, str | None]:
         ({"stream": True, "body_bytes": 401}, (10, 3, "estimated")),
         ({"stream": True, "body_bytes": 401, "flags": ("DC",)}, (10, 3, "partial")),
         ({"body_bytes": 0}, (10, 0, "estimated")),
+        ({"endpoint": "embedding", "body_bytes": 4000, "tokens_output": 0}, (10, 0, "estimated")),
+        ({"endpoint": "response", "stream": True, "body_bytes": 1400, "flags": ("DC",)}, (10, 0, "partial")),
+        ({"endpoint": "response", "stream": True, "body_bytes": 1400}, (10, 7, "estimated")),
     ],
     ids=[
         "the backend",
@@ -63,6 +66,9 @@ def tokens(use: Used) -> tuple[int, int, str | None]:
         "size of a stream",
         "size of a part of a stream",
         "an empty answer",
+        "embeddings have no output",
+        "events without text, until the client left",
+        "a whole stream whose texts nobody knows",
     ],
 )
 def test_best_count_there_is_stands(changes: dict[str, Any], expected: tuple[int, int, str]) -> None:

@@ -163,3 +163,11 @@ def test_request_id_of_a_line_without_one_is_empty() -> None:
     assert request_id_of(b"{}") == ""
     assert request_id_of(line_of(Told(request_id=""))) == ""
     assert request_id_of(line_of(Told(path=f'"request_id":"{REQUEST_ID}"', request_id=""))) == ""
+
+
+@pytest.mark.parametrize("cluster", ["router_unrouted", "router_status", "bk_a", ""])
+def test_cluster_that_leads_to_no_backend_is_none(cluster: str) -> None:
+    told = Told(backend="", cluster=cluster, status=429)
+    [ended] = decode(message_of(told)).finished
+    assert ended.last_backend == ""
+    assert decode_line(line_of(told)) == ended
