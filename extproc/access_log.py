@@ -13,7 +13,7 @@ from extproc.exchange import Metadata
 from extproc.keys.record import Caller
 from extproc.validate import Ask
 from gateway import names
-from gateway.endpoints import Endpoint
+from gateway.endpoints import Endpoint, Kind
 from limits import figures
 from limits.model import Figure
 
@@ -36,6 +36,9 @@ def replied(reason: str, ask: Ask | None, *, closed: bool) -> Metadata:
     if ask is not None:
         model = ask.model[:MODEL_MAX].encode(errors="replace").decode()
         said = ((names.METADATA_MODEL, model), *said)
+        # An answer that is given again has been watched and counted when it was first given.
+        if ask.stream and ask.kind is not Kind.EMBEDDING and reason != names.REASON_REPEATED:
+            said = (*said, (names.METADATA_STREAM, True))
     return (*said, _CLOSED) if closed else said
 
 

@@ -21,6 +21,8 @@ from policies.model import BackendId
 
 _WATCHED: Final = (Kind.CHAT, Kind.COMPLETION)
 """Streams of these end with [DONE]; the Lua filter watches over that and takes out the usage that is asked for here."""
+_STREAMED: Final = (*_WATCHED, Kind.RESPONSE)
+"""Events of streams of these are counted on their way."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -106,8 +108,10 @@ def route(
     if ask.path is not None:
         headers += [(":path", ask.path), (names.HEADER_ENDPOINT, endpoint.kind.value)]
     said: list[tuple[str, str | bool]] = [*metadata, (names.METADATA_MODEL, ask.model)]
+    if ask.stream and endpoint.kind in _STREAMED:
+        said.append((names.METADATA_STREAM, True))
     if watched:
-        said += [(names.METADATA_STREAM, True), (names.METADATA_STRIP_USAGE, usage is not None)]
+        said.append((names.METADATA_STRIP_USAGE, usage is not None))
     return Forward(
         headers=tuple(headers),
         body=text.encode() if edits or ask.path is not None else None,

@@ -54,6 +54,7 @@ from envoy_data_plane.google.protobuf import Any
 
 from gateway import names
 from gateway.answer_usage import USAGE_PATHS
+from gateway.endpoints import Kind
 from gateway.errors import REFUSALS, Reason
 from xds.resources.encode import extension, header, http_filter, seconds
 from xds.resources.local_replies import backend_errors, error_body
@@ -76,6 +77,8 @@ def script(name: str) -> str:
         "@STRIP_USAGE@": names.METADATA_STRIP_USAGE,
         "@USAGE_NAMESPACE@": names.USAGE_NAMESPACE,
         "@EVENTS@": names.METADATA_EVENTS,
+        "@ENDPOINT@": names.METADATA_ENDPOINT,
+        "@RESPONSE@": Kind.RESPONSE.value,
         "@MODEL_SPAN@": names.HEADER_MODEL_SPAN,
         "@ERROR_EVENT@": f"data: {error}\\n\\n".replace("'", "\\'"),
     }.items():

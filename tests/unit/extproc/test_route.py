@@ -138,7 +138,9 @@ def test_bodies_of_other_endpoints_are_never_touched(call: tuple[dict[str, Any],
     for kind in (Kind.EMBEDDING, Kind.RESPONSE):
         command, _ = sent(text_of(members | {"input": value}, random), kind=kind)
         assert command.body is None
-        assert names.METADATA_STREAM not in dict(command.metadata)
+        streamed = kind is Kind.RESPONSE and members.get("stream") is True
+        assert dict(command.metadata).get(names.METADATA_STREAM, False) is streamed
+        assert names.METADATA_STRIP_USAGE not in dict(command.metadata)
 
 
 STREAM = '{"model": "m", "stream": true}'

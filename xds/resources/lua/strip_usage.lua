@@ -2,6 +2,7 @@
 -- that stopped without [DONE] with an error event, because a client takes a silent end for success.
 -- Events pass as they come; only bytes after the last complete event are held until it is complete.
 -- How many events with text have passed is told to the access log: a client that leaves leaves no usage.
+-- Streams of /v1/responses are only counted: they have no [DONE], and say at their end what was used.
 
 local ERROR_EVENT = '@ERROR_EVENT@'
 -- Members whose text a model has made. Quotes within a text are escaped, so these cannot stand in one.
@@ -24,15 +25,20 @@ local function has_text(event)
   return false
 end
 
+local function has_delta(event)
+  return event:find('"delta"%s*:%s*"[^"]') ~= nil
+end
+
 function envoy_on_response(handle)
   local router = handle:streamInfo():dynamicMetadata():get("@NAMESPACE@")
   if router == nil or not router["@STREAM@"] then return end
   local headers = handle:headers()
   local content_type = headers:get("content-type") or ""
   if headers:get(":status") ~= "200" or not content_type:find("text/event-stream", 1, true) then return end
-  local strip = router["@STRIP_USAGE@"]
+  local strip, counts, done = router["@STRIP_USAGE@"], has_text, false
+  if router["@ENDPOINT@"] == "@RESPONSE@" then counts, done = has_delta, true end
 
-  local held, done, told, events = "", false, 0, 0
+  local held, told, events = "", 0, 0
   for chunk in handle:bodyChunks() do
     local size = chunk:length()
     if size == 0 then
@@ -48,7 +54,7 @@ function envoy_on_response(handle)
         if event:find("^data:%s*%[DONE%]") then done = true end
         if not (strip and is_injected_usage(event)) then
           out[#out + 1] = event
-          if has_text(event) then events = events + 1 end
+          if counts(event) then events = events + 1 end
         end
         from = stop + 1
       end
