@@ -31,7 +31,15 @@ class Told:
     def __init__(self, entry: Any) -> None:
         self.status = int(entry.response.response_code.value)
         self.flags = tuple(field.name for field, _ in entry.common_properties.response_flags.ListFields())
+        self._entry = entry
         self._metadata = entry.common_properties.metadata.filter_metadata
+
+    @property
+    def message(self) -> bytes:
+        """A message that tells of this request alone."""
+        message = _Message()
+        message.http_logs.log_entry.append(self._entry)
+        return bytes(message.SerializeToString())
 
     def _said(self, namespace: str) -> Said:
         if namespace not in self._metadata:
