@@ -105,9 +105,11 @@ class Delivery:
             if stream.stopped:
                 await asyncio.sleep(self._retry_s)
             elif not more:
-                # Whoever writes wakes this; now and then it looks by itself.
+                # Whoever writes wakes this; now and then it looks by itself. Not wait_for: in Python 3.11 it may take a
+                # cancellation for an answer, and then the program would never end.
                 with contextlib.suppress(TimeoutError):
-                    await asyncio.wait_for(stream.written.wait(), LOOK_S)
+                    async with asyncio.timeout(LOOK_S):
+                        await stream.written.wait()
 
     async def _hand_on(self, stream: Stream) -> bool:
         """Hand on the next part of a stream; whether there may be more."""

@@ -271,3 +271,22 @@ async def test_record_that_is_none_any_more_does_not_hold_up_the_others(
         await until(lambda: outlets[ALLOWED_MARK].ids == ["r-1:allowed", "r-4:allowed"])
         assert await ledger.mark(RECORDS_MARK) == 4
     assert value(counted.undeliverable) == 4
+
+
+@pytest.mark.parametrize("steps", range(8))
+async def test_it_ends_when_it_is_told_to_whatever_happens_at_that_moment(
+    tmp_path: Path, outlets: dict[str, FakeOutlet], counted: LedgerMetrics, steps: int
+) -> None:
+    """Something new may have been written so many steps of the event loop before."""
+    ledger = Ledger(a_spool(tmp_path), outlets, counted)
+    delivering = asyncio.create_task(ledger.delivery.run())
+    await until(lambda: all(stream.written._waiters for stream in ledger.delivery._streams))  # type: ignore[attr-defined]
+    ledger.delivery.wake()
+    for _ in range(steps):
+        await asyncio.sleep(0)
+    delivering.cancel()
+    done, _ = await asyncio.wait([delivering], timeout=5)
+    assert done
+    ledger.archive.close()
+    ledger.writer.close()
+    ledger.spool.close()
