@@ -280,9 +280,6 @@ async def test_what_has_no_room_in_memory_is_found_in_the_spool(
     assert sorted(set(books.ids)) == [f"r-{number:02}" for number in range(50)]
 
 
-# --- An estimate and what is told later.
-
-
 async def test_what_takes_an_estimates_place_is_settled_though_the_estimate_is_under_way(
     tmp_path: Path, books: Books, clock: Clock, counted: LedgerMetrics
 ) -> None:

@@ -7,6 +7,7 @@ import sqlite3
 import threading
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager, closing
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
@@ -20,11 +21,11 @@ from usage.spool import Changes, Entry, Spool
 from usage.writer import TOGETHER_MAX, Writer
 
 
+@dataclass
 class Told:
     """Who is told of what is safe."""
 
-    def __init__(self) -> None:
-        self.ids: list[str] = []
+    ids: list[str] = field(default_factory=list)
 
     def __call__(self, entries: Sequence[Entry]) -> None:
         self.ids += [entry.request_id for entry in entries]
@@ -83,9 +84,6 @@ def entries(*numbers: int) -> Changes:
 def in_file(spool: Spool) -> list[str]:
     with closing(sqlite3.connect(f"file:{spool.path}?mode=ro", uri=True)) as db:
         return [row[0] for row in db.execute("SELECT request_id FROM requests ORDER BY seq")]
-
-
-# --- In order, and safe before anybody is told.
 
 
 async def test_what_is_written_is_safe_before_anybody_is_told(
@@ -150,9 +148,6 @@ async def test_what_waits_is_written_together_but_not_too_much_of_it(
     assert max(spool.together) == TOGETHER_MAX
 
 
-# --- When the disk fails.
-
-
 async def test_nothing_is_lost_while_the_disk_fails_and_an_alarm_is_raised(
     tmp_path: Path, counted: LedgerMetrics, told: Told
 ) -> None:
@@ -209,9 +204,6 @@ async def test_bug_is_no_failure_of_the_disk(tmp_path: Path, counted: LedgerMetr
     assert value(counted.spool_errors) == 0
 
 
-# --- Bounded.
-
-
 async def test_offer_that_finds_no_room_is_left_to_others(tmp_path: Path, counted: LedgerMetrics, told: Told) -> None:
     spool = SlowSpool(tmp_path / "usage.db")
     spool.may.clear()
@@ -251,9 +243,6 @@ async def test_write_waits_for_room(tmp_path: Path, counted: LedgerMetrics, told
         spool.may.set()
         await writing
     assert told.ids == ["r-1", "r-2", "r-3"]
-
-
-# --- The end.
 
 
 async def test_drain_says_how_much_is_left_after_its_time(tmp_path: Path, counted: LedgerMetrics, told: Told) -> None:
