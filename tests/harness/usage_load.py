@@ -21,7 +21,7 @@ Body = Mapping[str, Any]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Seen:
-    """One request whose answer its client has read to the end. ``tokens`` is (input, output), None where none were told."""
+    """One request whose answer its client has read to the end. ``tokens``: input and output, None where none were told."""
 
     request_id: str
     organization_id: str
@@ -88,7 +88,7 @@ async def _one(client: httpx.AsyncClient, organization: str, random_: random.Ran
             request_id=response.headers["x-request-id"],
             organization_id=organization,
             status=response.status_code,
-            tokens=_tokens(text) if response.status_code == 200 else None,  # noqa: PLR2004
+            tokens=_tokens(text) if response.status_code == 200 else None,
         )
     )
 

@@ -1,4 +1,4 @@
-"""Whatever dies: every request that its client saw completed has one record, and money in budgets is money in records."""
+"""Whatever dies: every request that its client saw completed has one record, and budgets and records agree."""
 
 from __future__ import annotations
 
@@ -146,7 +146,7 @@ def cost_micro_usd(tokens: tuple[int, int]) -> int:
 
 def is_billed(seen: Seen) -> bool:
     """A request that was let through to a backend, and answered."""
-    return seen.status == 200 or seen.status == 502
+    return seen.status in {200, 502}
 
 
 def test_every_completed_request_has_one_record_whatever_is_killed(stack: Stack, kafka: Kafka) -> None:
