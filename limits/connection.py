@@ -114,14 +114,17 @@ class Connection:
     async def wait_up(self, timeout_s: float) -> bool:
         """Whether the connection is up within so long."""
         if not self._up.is_set():
+            # Not wait_for, here and below: in Python 3.11 it may take a cancellation for an answer.
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._up.wait(), timeout_s)
+                async with asyncio.timeout(timeout_s):
+                    await self._up.wait()
         return self._up.is_set()
 
     async def wait_tried(self, timeout_s: float) -> None:
         """Wait for the first attempt to connect, but no longer than this."""
         with contextlib.suppress(TimeoutError):
-            await asyncio.wait_for(self._tried.wait(), timeout_s)
+            async with asyncio.timeout(timeout_s):
+                await self._tried.wait()
 
     def drop(self, why: str) -> None:
         """Give this connection up and make a new one: the server said that it cannot serve."""
@@ -206,7 +209,8 @@ class Connection:
         busy_s = loop.time()
         while not self._down.is_set():
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._down.wait(), self._deadline_s / 5)
+                async with asyncio.timeout(self._deadline_s / 5):
+                    await self._down.wait()
             wire = self._wire
             if wire is None:
                 return

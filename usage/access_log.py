@@ -6,6 +6,7 @@ The messages are upb classes made from a descriptor set in a pool of their own, 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -14,7 +15,7 @@ from google.protobuf.message import DecodeError
 from gateway import names
 from gateway.protobuf import message_classes
 from policies.model import BackendId, OrganizationId
-from usage.finished import NONE, FailedAttempt, Fields, Finished, Value, check_storable, finished
+from usage.finished import LIMITS_USED, NONE, FailedAttempt, Fields, Finished, Value, check_storable, finished
 
 message: Final = message_classes("usage", "access_log.binpb")
 _Message: Final = message("envoy.service.accesslog.v3.StreamAccessLogsMessage")
@@ -99,7 +100,7 @@ def _finished(entry: Any) -> Finished:
         decision=headers.get(names.HEADER_ROUTING_DECISION, ""),
         cluster=common.upstream_cluster,
         said=_fields(metadata, names.METADATA_NAMESPACE),
-        limits=_fields(metadata, names.LIMITS_NAMESPACE),
+        limits=_fields(metadata, names.LIMITS_NAMESPACE, LIMITS_USED),
         usage=_fields(metadata, names.USAGE_NAMESPACE),
         counted=_fields(metadata, names.COUNTED_NAMESPACE),
     )
@@ -140,10 +141,13 @@ def _duration_ms(common: Any) -> int:
     return int(duration.seconds) * 1000 + int(duration.nanos) // 1_000_000
 
 
-def _fields(metadata: Any, namespace: str) -> Fields:
+def _fields(metadata: Any, namespace: str, only: Sequence[str] = ()) -> Fields:
     if namespace not in metadata:
         return NONE
-    return {key: _value(value) for key, value in metadata[namespace].fields.items()}
+    fields = metadata[namespace].fields
+    if only:  # the rest, mostly response headers, costs as much as it does
+        return {key: _value(fields[key]) for key in only if key in fields}
+    return {key: _value(value) for key, value in fields.items()}
 
 
 def _value(value: Any) -> Value:

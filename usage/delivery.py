@@ -27,6 +27,8 @@ RECORDS_TOPIC: Final = "usage.records.v1"
 EVENTS_TOPIC: Final = "audit.events.v1"
 RETRY_S: Final = 1.0
 LOOK_S: Final = 0.5
+PAUSE_S: Final = 0.25
+"""Between two parts of a stream that is not behind: each is synced to a disk somewhere."""
 
 Kept = TypeVar("Kept", Outgoing, KeptEvent)
 Places = Sequence[tuple[int, Message | None]]
@@ -60,6 +62,7 @@ class Delivery:
         log: Logger,
         clock_s: Callable[[], float],
         retry_s: float = RETRY_S,
+        pause_s: float = PAUSE_S,
     ) -> None:
         """``outlets`` by the marks of the streams."""
         self._archive = archive
@@ -68,6 +71,7 @@ class Delivery:
         self._log = log
         self._clock_s = clock_s
         self._retry_s = retry_s
+        self._pause_s = pause_s
         self._records = Stream(RECORDS_MARK, outlets[RECORDS_MARK], self._read_records)
         self._streams = (
             self._records,
@@ -105,6 +109,7 @@ class Delivery:
             if stream.stopped:
                 await asyncio.sleep(self._retry_s)
             elif not more:
+                await asyncio.sleep(self._pause_s)
                 # Whoever writes wakes this; now and then it looks by itself. Not wait_for: in Python 3.11 it may take a
                 # cancellation for an answer, and then the program would never end.
                 with contextlib.suppress(TimeoutError):

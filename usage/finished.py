@@ -22,6 +22,16 @@ TOKENS_MAX: Final = 10**9
 STARTED_MAX_US: Final = 253_402_300_800_000_000
 """The year 10000, which no date can name."""
 
+LIMITS_USED: Final = (
+    names.METADATA_TOKENS_INPUT,
+    names.METADATA_TOKENS_OUTPUT,
+    names.METADATA_FIGURES,
+    names.METADATA_TRACE,
+    names.METADATA_CLIENT_REQUEST_ID,
+    names.METADATA_LABELS,
+)
+"""What is read of LIMITS_NAMESPACE."""
+
 Value = str | float | bool
 Fields = Mapping[str, Value]
 NONE: Final[Fields] = {}

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any, Final
 
 from gateway.telemetry import Logger
@@ -40,6 +41,7 @@ class Intake:
         metrics: LedgerMetrics,
         log: Logger,
         recovered: bool = False,
+        settles: bool = True,
         known_max: int = KNOWN_MAX,
     ) -> None:
         """The collaborators.
@@ -52,6 +54,7 @@ class Intake:
             metrics: counts.
             log: is told of what cannot be used.
             recovered: the spool is not what it was, so the limit store may know of requests that the spool does not.
+            settles: there is a limit store; without one nothing waits to be settled.
             known_max: bounds what is remembered.
         """
         self._writer = writer
@@ -61,6 +64,7 @@ class Intake:
         self._metrics = metrics
         self._log = log
         self._recovered = recovered
+        self._settles = settles
         self._known_max = known_max
         self._known: OrderedDict[str, tuple[Kind, int]] = OrderedDict()
         self._ahead: OrderedDict[str, None] = OrderedDict()
@@ -125,7 +129,7 @@ class Intake:
             self._malformed(f"{ended.request_id}: {error}")
             return False
         if entry is not None:
-            changes.entries.append(entry)
+            changes.entries.append(entry if self._settles else replace(entry, settlement=None))
         return True
 
     def _malformed(self, problem: str) -> None:

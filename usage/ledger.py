@@ -95,6 +95,7 @@ class Ledger:
             metrics=metrics,
             log=log,
             recovered=opened.damaged,
+            settles=store is not None,
         )
         journal = JournalFile(
             settings.state_path / JOURNAL, Position.read(str(spool.mark("journal", ""))), rotated_bytes=ROTATED_BYTES
@@ -246,7 +247,7 @@ async def run(settings: UsageSettings, stop: asyncio.Event, *, log: Logger) -> N
     metrics = LedgerMetrics(registry)
     listeners = tcp_listener("0.0.0.0", settings.usage_metrics_port), unix_listener(settings.run_dir / AUDIT_SOCKET)
     async with AsyncExitStack() as stack:
-        opened = open_spool(settings.state_path / SPOOL_FILE, log=log)
+        opened = open_spool(settings.state_path / SPOOL_FILE, journal=settings.state_path / JOURNAL, log=log)
         metrics.spool_recovered.inc(int(opened.damaged))
         outlets = await stack.enter_async_context(open_outlets(settings, log=log))
         store = await stack.enter_async_context(_store(settings, metrics=metrics, log=log))

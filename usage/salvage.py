@@ -31,13 +31,18 @@ class Opened:
     damaged: bool
 
 
-def open_spool(path: Path, *, log: Logger) -> Opened:
+def open_spool(path: Path, *, journal: Path, log: Logger) -> Opened:
     """Open or create the spool; a file that is no database any more is put aside, and its readable rows taken over.
+
+    A spool that is not there while Envoy has written a journal has been lost, as far as anybody can tell.
 
     Raises:
         sqlite3.OperationalError: the directory cannot be written.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
+    if not _bytes_of(path) and _bytes_of(journal):
+        log.warning("spool_missing", path=str(path), meaning="everything in the journal is taken again")
+        return Opened(spool=Spool(path), damaged=True)
     committed = committed_frames(path.with_name(path.name + "-wal"))
     try:
         spool, frames = _sound(path)
@@ -48,6 +53,10 @@ def open_spool(path: Path, *, log: Logger) -> Opened:
     if committed > frames:
         log.error("spool_tail_cut", frames_lost=committed - frames, meaning="they are read from the journal again")
     return Opened(spool=spool, damaged=committed > frames)
+
+
+def _bytes_of(path: Path) -> int:
+    return path.stat().st_size if path.exists() else 0
 
 
 def _sound(path: Path) -> tuple[Spool, int]:

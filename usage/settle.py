@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final, Literal
 
 from gateway.endpoints import Kind
@@ -64,7 +64,9 @@ def _tokens(finished: Finished) -> tuple[TokenUsage, Source | None]:
         return _NOTHING, None
     cut = not CUT.isdisjoint(finished.flags)
     if finished.counted is not None:
-        return finished.counted, "partial" if cut else "tokenizer"
+        # Of a stream that is left, what was counted may be some events behind what was sent.
+        counted = replace(finished.counted, tokens_output=max(finished.counted.tokens_output, finished.events))
+        return (counted, "partial") if cut else (finished.counted, "tokenizer")
     tokens_output = _sent(finished, cut=cut)
     # Nobody is charged more than was granted, but for what somebody has counted.
     sent = TokenUsage(

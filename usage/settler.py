@@ -105,7 +105,8 @@ class Settler:
     async def drain(self, within_s: float) -> bool:
         """Wait until everything is settled, but no longer than this; whether it is."""
         try:
-            await asyncio.wait_for(self._idle.wait(), within_s)
+            async with asyncio.timeout(within_s):
+                await self._idle.wait()
         except TimeoutError:
             return False
         return True

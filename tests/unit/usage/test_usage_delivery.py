@@ -58,7 +58,7 @@ class Ledger:
     def __init__(self, spool: Spool, outlets: dict[str, FakeOutlet], counted: LedgerMetrics) -> None:
         self.spool = spool
         self.archive = Archive(spool.path)
-        self.writer = Writer(spool, written=lambda _: None, metrics=counted, log=get_logger(), retry_s=0.001)
+        self.writer = Writer(spool, written=lambda _: None, metrics=counted, log=get_logger(), retry_s=0.001, group_s=0)
         self.delivery = Delivery(
             self.archive,
             self.writer,
@@ -67,6 +67,7 @@ class Ledger:
             log=get_logger(),
             clock_s=lambda: START_S + 100.0,
             retry_s=0.001,
+            pause_s=0,
         )
 
     async def write(self, changes: Changes) -> None:

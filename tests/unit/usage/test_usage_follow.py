@@ -50,7 +50,9 @@ class Ledger:
         self.looks = 0
         """How often it was asked whether there is room."""
         self.spool = spool
-        self.writer = Writer(spool, written=self._written, metrics=metrics(), log=get_logger(), retry_s=0.001)
+        self.writer = Writer(
+            spool, written=self._written, metrics=metrics(), log=get_logger(), retry_s=0.001, group_s=0
+        )
         self.file = JournalFile(envoy.path, Position.read(str(spool.mark("journal", ""))), rotated_bytes=rotated_bytes)
         intake = Intake(
             self.writer,

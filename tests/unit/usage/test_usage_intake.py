@@ -47,7 +47,7 @@ class Ledger:
         self.tried_s: int | None = 5
         self.spool = spool
         self.writer = Writer(
-            spool, written=self._written, metrics=self.counted, log=get_logger(), entries_max=entries_max
+            spool, written=self._written, metrics=self.counted, log=get_logger(), entries_max=entries_max, group_s=0
         )
         self.intake = Intake(
             self.writer,

@@ -63,7 +63,7 @@ def told(number: int) -> Told:
 async def read_journal(opened: Opened, journal: Path) -> None:
     """What the ledger does after its start: everything that the journal has and the spool has not read."""
     spool = opened.spool
-    writer = Writer(spool, written=lambda _: None, metrics=metrics(), log=LOG)
+    writer = Writer(spool, written=lambda _: None, metrics=metrics(), log=LOG, group_s=0)
     intake = Intake(
         writer,
         tried_s=lambda: 2 * START_S,
@@ -110,7 +110,7 @@ def killed(tmp_path: Path) -> Ledger:
 
 def everything_is_there(killed: Ledger) -> Opened:
     """Open what is left, read the journal, and find each request once with its settlement."""
-    opened = open_spool(killed.spool, log=LOG)
+    opened = open_spool(killed.spool, journal=killed.journal, log=LOG)
     asyncio.run(read_journal(opened, killed.journal))
     found = Counter(row[1] for row in rows(killed.spool, "requests"))
     assert found == Counter(f"r-{number}" for number in range(REQUESTS))
@@ -121,14 +121,14 @@ def everything_is_there(killed: Ledger) -> Opened:
 
 
 def test_sound_spool_is_not_called_damaged(killed: Ledger) -> None:
-    opened = open_spool(killed.spool, log=LOG)
+    opened = open_spool(killed.spool, journal=killed.journal, log=LOG)
     assert not opened.damaged
     assert len(request_ids(killed.spool)) == REQUESTS
     opened.spool.close()
 
 
 def test_new_spool_is_not_called_damaged(tmp_path: Path) -> None:
-    opened = open_spool(tmp_path / "new" / "usage.db", log=LOG)
+    opened = open_spool(tmp_path / "new" / "usage.db", journal=tmp_path / "new" / "requests.jsonl", log=LOG)
     assert not opened.damaged
     opened.spool.close()
 
@@ -148,7 +148,7 @@ def flip(path: Path, *offsets: int) -> None:
 def test_cut_tail_is_noticed_and_found_again(killed: Ledger, frames: int, at: int) -> None:
     size = killed.wal.stat().st_size
     flip(killed.wal, *(size - number * FRAME_BYTES + at for number in range(1, frames + 1)))
-    opened = open_spool(killed.spool, log=LOG)
+    opened = open_spool(killed.spool, journal=killed.journal, log=LOG)
     assert opened.damaged
     assert len(request_ids(killed.spool)) < REQUESTS
     opened.spool.close()
@@ -180,7 +180,7 @@ def test_what_was_being_written_when_it_died_is_no_damage(killed: Ledger) -> Non
     content = killed.wal.read_bytes()
     last = content[-FRAME_BYTES:]
     killed.wal.write_bytes(content + last[:4] + bytes(4) + last[8:])
-    opened = open_spool(killed.spool, log=LOG)
+    opened = open_spool(killed.spool, journal=killed.journal, log=LOG)
     assert not opened.damaged
     opened.spool.close()
 
@@ -191,7 +191,7 @@ def test_what_a_log_has_of_an_earlier_time_is_no_damage(killed: Ledger) -> None:
     stale = content[-FRAME_BYTES:]
     stale[8:16] = b"\x01\x02\x03\x04\x05\x06\x07\x08"
     killed.wal.write_bytes(content + stale)
-    opened = open_spool(killed.spool, log=LOG)
+    opened = open_spool(killed.spool, journal=killed.journal, log=LOG)
     assert not opened.damaged
     opened.spool.close()
 
@@ -232,7 +232,7 @@ def test_nothing_that_can_still_be_read_is_given_up(killed: Ledger) -> None:
     with killed.spool.open("r+b") as file:
         file.seek((page - 1) * 4096)
         file.write(b"\xa5" * 4096)
-    opened = open_spool(killed.spool, log=LOG)
+    opened = open_spool(killed.spool, journal=killed.journal, log=LOG)
     assert opened.damaged
     assert len(request_ids(killed.spool)) == REQUESTS
     opened.spool.close()

@@ -80,7 +80,7 @@ class Ledger:
         self.books = books
         self.is_up = True
         self.spool = spool
-        self.writer = Writer(spool, written=self._written, metrics=counted, log=get_logger(), retry_s=0.001)
+        self.writer = Writer(spool, written=self._written, metrics=counted, log=get_logger(), retry_s=0.001, group_s=0)
         self.settler = Settler(
             books,
             spool,

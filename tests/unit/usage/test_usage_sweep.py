@@ -71,7 +71,7 @@ class Ledger:
     def __init__(self, directory: Path) -> None:
         self.spool = a_spool(directory)
         self.written: list[Entry] = []
-        self.writer = Writer(self.spool, written=self.written.extend, metrics=metrics(), log=get_logger())
+        self.writer = Writer(self.spool, written=self.written.extend, metrics=metrics(), log=get_logger(), group_s=0)
 
 
 @asynccontextmanager

@@ -38,7 +38,9 @@ class Ledger:
     def __init__(self, directory: Path) -> None:
         self.spool: Spool = a_spool(directory)
         self.archive = Archive(self.spool.path)
-        self.writer = Writer(self.spool, written=lambda _: None, metrics=metrics(), log=get_logger(), retry_s=0.001)
+        self.writer = Writer(
+            self.spool, written=lambda _: None, metrics=metrics(), log=get_logger(), retry_s=0.001, group_s=0
+        )
 
     async def events(self) -> list[KeptEvent]:
         return await self.archive.outgoing_events(after=0, most=1000)

@@ -64,7 +64,9 @@ def told() -> Told:
 async def running(
     spool: Spool, counted: LedgerMetrics, told: Callable[[Sequence[Entry]], None], *, entries_max: int = 1000
 ) -> AsyncIterator[Writer]:
-    writer = Writer(spool, written=told, metrics=counted, log=get_logger(), entries_max=entries_max, retry_s=0.001)
+    writer = Writer(
+        spool, written=told, metrics=counted, log=get_logger(), entries_max=entries_max, retry_s=0.001, group_s=0
+    )
     task = asyncio.create_task(writer.run())
     try:
         yield writer
