@@ -21,7 +21,7 @@ Body = Mapping[str, Any]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Seen:
-    """One request whose answer its client has read to the end. ``tokens``: input and output, None where none were told."""
+    """One request whose answer its client has read to the end. ``tokens``: input and output, as far as told."""
 
     request_id: str
     organization_id: str
