@@ -205,18 +205,20 @@ class Connection:
 
     async def _watch(self) -> None:
         """Until the connection is lost, or a call has waited longer than its deadline."""
-        loop = asyncio.get_running_loop()
+        loop, tick_s = asyncio.get_running_loop(), self._deadline_s / 5
         busy_s = loop.time()
         while not self._down.is_set():
+            looked_s = loop.time()
             with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(self._deadline_s / 5):
+                async with asyncio.timeout(tick_s):
                     await self._down.wait()
             wire = self._wire
             if wire is None:
                 return
             if wire.pending:
                 busy_s = loop.time()
-                if self._is_late(wire):
+                # A loop that was held up may not even have sent what waits: the next look tells.
+                if busy_s - looked_s < 2 * tick_s and self._is_late(wire):
                     await asyncio.sleep(0.001)  # this loop may have been held up, and the answer be there
                     if self._is_late(wire):
                         self.drop(f"no answer within {self._deadline_s:g} s")
