@@ -192,7 +192,8 @@ def test_client_that_leaves_a_stream_pays_for_what_was_sent(stack: Stack, acme: 
     stack.mocks["b"].fail("hold", events=2)
     with acme.client() as client, client.stream("POST", CHAT, json=chat(stream=True)) as response:
         assert response.status_code == 200
-        next(response.iter_raw())
+        chunks = response.iter_raw()  # an iterator that nobody holds closes the connection
+        next(chunks)
         eventually(lambda: acme.spend.get("reserved_micro_usd"), "the request's worst case is reserved")
         reserved = acme.spend
     eventually(lambda: acme.open == 0, "the request is settled without a sweep")
