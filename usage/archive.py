@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Final, NamedTuple, TypeVar
 
 from usage.json_text import from_json
+from usage.spool import is_damage
 
 T = TypeVar("T")
 
@@ -77,14 +78,21 @@ class KeptAttempt:
 class Archive:
     """A connection that reads, in a thread of its own. Methods raise sqlite3.Error."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, *, damaged: Callable[[sqlite3.Error], None] = lambda _: None) -> None:
+        """``damaged`` is told of an error after which trying again will not do."""
         self._path = path
+        self._damaged = damaged
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="archive")
         self._db: sqlite3.Connection | None = None
 
     async def call(self, work: Callable[[sqlite3.Connection], T]) -> T:
         """Do something with the connection, in its thread."""
-        return await asyncio.get_running_loop().run_in_executor(self._thread, lambda: work(self._connected()))
+        try:
+            return await asyncio.get_running_loop().run_in_executor(self._thread, lambda: work(self._connected()))
+        except sqlite3.Error as error:
+            if is_damage(error):
+                self._damaged(error)
+            raise
 
     def close(self) -> None:
         """End the thread."""

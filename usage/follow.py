@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections import deque
 from collections.abc import Awaitable, Callable
 from typing import Final
 
@@ -11,10 +12,13 @@ import httpx
 from gateway.telemetry import Logger
 from usage.intake import Intake
 from usage.journal_file import JournalFile
+from usage.metrics import LedgerMetrics
 from usage.writer import Writer
 
 POLL_S: Final = 0.2
 REOPEN_TIMEOUT_S: Final = 2.0
+UNWRITTEN_MAX: Final = 8
+"""Parts of the journal that are read on while earlier ones are being written: the disk takes as long as the rest."""
 
 
 class JournalFollower:
@@ -28,6 +32,7 @@ class JournalFollower:
         *,
         reopen: Callable[[], Awaitable[None]],
         is_full: Callable[[], bool],
+        metrics: LedgerMetrics,
         log: Logger,
         poll_s: float = POLL_S,
     ) -> None:
@@ -36,9 +41,11 @@ class JournalFollower:
         self._writer = writer
         self._reopen = reopen
         self._is_full = is_full
+        self._metrics = metrics
         self._log = log
         self._poll_s = poll_s
         self._failing = False
+        self._unwritten: deque[asyncio.Future[None]] = deque()
         self.caught_up = asyncio.Event()
         """Set once everything has been read that was there; whatever is missing then has been lost on the way."""
 
@@ -57,13 +64,18 @@ class JournalFollower:
 
     async def _step(self) -> bool:
         """Whether there may be more."""
+        self._metrics.journal_unread_bytes.set(self._journal.unread_bytes)
         if self._is_full():
             self.caught_up.clear()
             return False
         lines = self._journal.read()
         if lines:
-            await self._intake.take_journal(lines, self._journal.position.written())
+            position, counted = self._journal.position.written(), self._journal.was_counted
+            self._unwritten.append(await self._intake.take_journal(lines, position, counted=counted))
+            await self._written(UNWRITTEN_MAX)
+            await asyncio.sleep(0)  # others are to be heard between two parts
             return True
+        await self._written(0)
         self.caught_up.set()
         if self._journal.has_old:
             # What was in it is in the spool's file, and not only in the log that a crash could cut.
@@ -74,6 +86,11 @@ class JournalFollower:
         if self._journal.is_aside:
             await self._reopen()
         return False
+
+    async def _written(self, left: int) -> None:
+        """Wait until no more parts than these are still to be written."""
+        while len(self._unwritten) > left:
+            await self._unwritten.popleft()
 
 
 def reopener(http: httpx.AsyncClient, envoy_admin: str) -> Callable[[], Awaitable[None]]:

@@ -6,6 +6,7 @@ already, and nothing but their kind has to be remembered for the count.
 
 from __future__ import annotations
 
+import asyncio
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -19,7 +20,7 @@ from usage.journal import decode_line, is_attempt, request_id_of
 from usage.metrics import LedgerMetrics
 from usage.reconcile import Seen
 from usage.record import MICRO, Kind, kind_of
-from usage.spool import Changes
+from usage.spool import COUNTED_MARK, JOURNAL_MARK, SEEN_MARK, Changes
 from usage.writer import Writer
 
 KNOWN_MAX: Final = 100_000
@@ -93,34 +94,49 @@ class Intake:
         if batch.running:
             self._running(batch.running)
 
-    async def take_journal(self, lines: Sequence[bytes], position: str) -> None:
-        """Take lines of the journal, and write down with them that it has been read up to ``position``."""
+    async def take_journal(
+        self, lines: Sequence[bytes], position: str, *, counted: bool = False
+    ) -> asyncio.Future[None]:
+        """Take lines of the journal; with them it is written down that it has been read up to ``position``.
+
+        Args:
+            lines: whole lines, in order.
+            position: of the end of the last.
+            counted: they have been counted before, and are read again because the spool was damaged.
+
+        Returns:
+            Done when that is on the disk.
+        """
         changes, tried_s = Changes(), self._tried_s()
         for line in lines:
-            self._add_line(changes, line, tried_s)
+            if (known := self._take_line(changes, line, tried_s)) is not None and not counted:
+                kind, started_s = known
+                changes.tallies[kind] += 1
+                self._seen.add(started_s)
         _keep_newest(self._ahead, AHEAD_MAX)
-        changes.marks = {"journal": position, "seen": self._seen.written()}
-        await self._writer.write(changes)
+        changes.marks = {JOURNAL_MARK: position}
+        if not counted:
+            changes.marks |= {COUNTED_MARK: position, SEEN_MARK: self._seen.written()}
+        return await self._writer.begin(changes)
 
-    def _add_line(self, changes: Changes, line: bytes, tried_s: int | None) -> None:
+    def _take_line(self, changes: Changes, line: bytes, tried_s: int | None) -> tuple[Kind, int] | None:
+        """Kind and second of a request that has ended; None: the line tells of none."""
         known = None if is_attempt(line) else self._known.pop(request_id_of(line), None)
         if known is None:
             try:
                 told = decode_line(line)
             except Malformed as error:
                 self._malformed(f"{error}: {line[:200]!r}")
-                return
+                return None
             if isinstance(told, FailedAttempt):
                 changes.attempts.append(told)
-                return
+                return None
             known = (kind_of(told), told.started_us // MICRO)
             if self._recovered:
                 tried_s = (told.started_us + 1000 * told.duration_ms) // MICRO
             self._add(changes, told, tried_s)
             self._ahead[told.request_id] = None
-        kind, started_s = known
-        changes.tallies[kind] += 1
-        self._seen.add(started_s)
+        return known
 
     def _add(self, changes: Changes, ended: Finished, tried_s: int | None) -> bool:
         try:

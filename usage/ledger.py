@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import sqlite3
 import time
 from collections import Counter
 from collections.abc import AsyncIterator, Coroutine, Sequence
@@ -32,11 +33,11 @@ from usage.outlets import Outlets, open_outlets
 from usage.policies import keep_policies
 from usage.prune import prune_every
 from usage.reconcile import Reconciliation, Seen
-from usage.salvage import Opened, open_spool
+from usage.salvage import Opened, mark_damaged, open_spool
 from usage.server import AccessLogServer
 from usage.settler import Settler
 from usage.signs_of_life import SignsOfLife
-from usage.spool import Entry
+from usage.spool import COUNTED_MARK, JOURNAL_MARK, SEEN_MARK, Entry
 from usage.sweep import sweep_every
 from usage.writer import Writer
 
@@ -67,9 +68,11 @@ class Ledger:
         self._log = log
         spool = opened.spool
         self._spool = spool
-        self.archive = Archive(spool.path)
-        self._asked = Archive(spool.path)
-        self.writer = Writer(spool, written=self._written, metrics=metrics, log=log)
+        self.damaged = asyncio.Event()
+        """Set once the spool is found not to be what was written to it."""
+        self.archive = Archive(spool.path, damaged=self._found_damaged)
+        self._asked = Archive(spool.path, damaged=self._found_damaged)
+        self.writer = Writer(spool, written=self._written, metrics=metrics, log=log, damaged=self._found_damaged)
         self.settler: Settler | None = None
         self._signs: SignsOfLife | None = None
         if store is not None:
@@ -86,7 +89,7 @@ class Ledger:
         self.delivery = Delivery(
             self.archive, self.writer, outlets.by_mark, metrics=metrics, log=log, clock_s=time.time
         )
-        self.seen = Seen(str(spool.mark("seen", "")))
+        self.seen = Seen(str(spool.mark(SEEN_MARK, "")))
         self.intake = Intake(
             self.writer,
             tried_s=self._tried_s,
@@ -98,7 +101,10 @@ class Ledger:
             settles=store is not None,
         )
         journal = JournalFile(
-            settings.state_path / JOURNAL, Position.read(str(spool.mark("journal", ""))), rotated_bytes=ROTATED_BYTES
+            settings.state_path / JOURNAL,
+            Position.read(str(spool.mark(JOURNAL_MARK, ""))),
+            counted=Position.read(str(spool.mark(COUNTED_MARK, ""))),
+            rotated_bytes=ROTATED_BYTES,
         )
         self.follower = JournalFollower(
             journal,
@@ -106,6 +112,7 @@ class Ledger:
             self.writer,
             reopen=reopener(http, settings.envoy_admin_address),
             is_full=lambda: self.delivery.waiting >= settings.usage_backlog_max,
+            metrics=metrics,
             log=log,
         )
         self.reconciliation = Reconciliation(
@@ -214,6 +221,12 @@ class Ledger:
             self.settler.take(entries)
         self.delivery.wake()
 
+    def _found_damaged(self, error: sqlite3.Error) -> None:
+        if not self.damaged.is_set():
+            self.damaged.set()
+            self._log.error("spool_damaged_at_work", error=str(error), meaning="it is opened anew and made whole")
+            mark_damaged(self._spool.path)
+
     def _tried_s(self) -> int | None:
         """When what is written now may be told to the limit store."""
         return int(time.time()) if self._store is not None and self._store.connection.is_up else None
@@ -237,7 +250,17 @@ async def _store(settings: UsageSettings, *, metrics: LedgerMetrics, log: Logger
 
 
 async def run(settings: UsageSettings, stop: asyncio.Event, *, log: Logger) -> None:
-    """Serve until told to stop.
+    """Serve until told to stop, with a spool that is made whole as often as it is found damaged.
+
+    Raises:
+        SettingsError: the program cannot start.
+    """
+    while not stop.is_set():
+        await _serve(settings, stop, log=log)
+
+
+async def _serve(settings: UsageSettings, stop: asyncio.Event, *, log: Logger) -> None:
+    """Serve until told to stop, or until the spool is found damaged.
 
     Raises:
         SettingsError: the program cannot start.
@@ -261,9 +284,18 @@ async def run(settings: UsageSettings, stop: asyncio.Event, *, log: Logger) -> N
             server = AccessLogServer(settings.run_dir / USAGE_SOCKET, ledger.intake.receive)
             await server.start()
             log.info("ledger_serving", spool=str(opened.spool.path), metrics_port=settings.usage_metrics_port)
-            await stop.wait()
+            await _first_of(stop, ledger.damaged)
             log.info("stopping")
             await server.stop(STREAM_GRACE_S)
-            await ledger.drain(DRAIN_S)
+            if not ledger.damaged.is_set():
+                await ledger.drain(DRAIN_S)
             for task in running:
                 task.cancel()
+
+
+async def _first_of(*events: asyncio.Event) -> None:
+    """Wait until one of them is set."""
+    waiting = [asyncio.ensure_future(event.wait()) for event in events]
+    await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
+    for each in waiting:
+        each.cancel()

@@ -75,6 +75,9 @@ class LedgerMetrics:
         self.oldest_undelivered_s = Gauge(
             "router_usage_oldest_undelivered_seconds", "Age of the oldest of them; 0: there is none.", registry=registry
         )
+        self.journal_unread_bytes = Gauge(
+            "router_usage_journal_unread_bytes", "What is in Envoy's journal and has not been read.", registry=registry
+        )
         self.unaccounted = Gauge(
             "router_usage_unaccounted_requests",
             "Requests that Envoy has counted and the ledger does not know.",

@@ -12,10 +12,15 @@ from typing import Final
 
 from gateway.telemetry import Logger
 from usage.schema import TABLES
-from usage.spool import ALLOWED_MARK, EVENTS_MARK, JOURNAL_MARK, RECORDS_MARK, Spool
+from usage.spool import ALLOWED_MARK, COUNTED_MARK, EVENTS_MARK, JOURNAL_MARK, RECORDS_MARK, SEEN_MARK, Spool
 
 CHECKED_MAX_BYTES: Final = 256 * 1024 * 1024
 """A larger file is not looked through at the start; what is damaged in it shows when it is read."""
+MARKER: Final = ".damaged"
+"""Suffix of an empty file: the spool beside it was found damaged by somebody who used it."""
+TAKEN_OVER: Final = ".taken-over"
+"""Suffix of a new spool that has all that can be had, and only has to be put in the old one's place."""
+_PARTS: Final = ("", "-wal", "-shm")
 _HEADER_BYTES: Final = 32
 _FRAME_HEADER_BYTES: Final = 24
 _PAGE_BYTES: Final = 4096
@@ -37,22 +42,39 @@ def open_spool(path: Path, *, journal: Path, log: Logger) -> Opened:
     A spool that is not there while Envoy has written a journal has been lost, as far as anybody can tell.
 
     Raises:
-        sqlite3.OperationalError: the directory cannot be written.
+        sqlite3.OperationalError: the directory cannot be written, or is full.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
+    if _beside(path, TAKEN_OVER).exists():  # a start before this one did not come to its end
+        return Opened(spool=_put_in_place(path, log), damaged=True)
     if not _bytes_of(path) and _bytes_of(journal):
         log.warning("spool_missing", path=str(path), meaning="everything in the journal is taken again")
         return Opened(spool=Spool(path), damaged=True)
+    if _beside(path, MARKER).exists():
+        return Opened(spool=_replaced(path, "it was found at work", log), damaged=True)
     committed = committed_frames(path.with_name(path.name + "-wal"))
     try:
         spool, frames = _sound(path)
     except sqlite3.OperationalError:
         raise
     except sqlite3.DatabaseError as error:
-        return Opened(spool=_replaced(path, error, log), damaged=True)
+        return Opened(spool=_replaced(path, str(error), log), damaged=True)
     if committed > frames:
         log.error("spool_tail_cut", frames_lost=committed - frames, meaning="they are read from the journal again")
     return Opened(spool=spool, damaged=committed > frames)
+
+
+def mark_damaged(path: Path) -> None:
+    """Have whoever opens the spool next replace it, however sound it looks.
+
+    Raises:
+        OSError: the directory cannot be written.
+    """
+    _beside(path, MARKER).touch()
+
+
+def _beside(path: Path, suffix: str) -> Path:
+    return path.with_name(path.name + suffix)
 
 
 def _bytes_of(path: Path) -> int:
@@ -69,20 +91,35 @@ def _sound(path: Path) -> tuple[Spool, int]:
     return spool, frames
 
 
-def _replaced(path: Path, error: sqlite3.DatabaseError, log: Logger) -> Spool:
-    aside = path.with_name(f"{path.name}.damaged-{int(time.time())}")
-    for suffix in ("", "-wal", "-shm"):
-        part = path.with_name(path.name + suffix)
-        if part.exists():
-            part.rename(aside.with_name(aside.name + suffix))
-    spool = Spool(path)
-    rows = 0
+def _replaced(path: Path, problem: str, log: Logger) -> Spool:
+    """Take over what can be read into a new file. Killed at any moment, the next start has it to do, or has it done."""
+    log.error("spool_damaged", error=problem, path=str(path), meaning="what can be read of it is taken over")
+    making = _beside(path, ".making")
+    for suffix in _PARTS:
+        _beside(making, suffix).unlink(missing_ok=True)
+    fresh = Spool(making)
     try:
-        rows = take_over(path, aside)
+        rows = take_over(making, path)
+        log.info("spool_taken_over", rows=rows)
+    except sqlite3.OperationalError:
+        raise  # there is no room, say: nothing is given up for that
     except sqlite3.DatabaseError:
-        log.exception("spool_unreadable", aside=str(aside))
-    log.error("spool_damaged", error=str(error), aside=str(aside), rows_kept=rows)
-    return spool
+        log.exception("spool_unreadable", path=str(path))
+    finally:
+        fresh.close()
+    making.rename(_beside(path, TAKEN_OVER))
+    return _put_in_place(path, log)
+
+
+def _put_in_place(path: Path, log: Logger) -> Spool:
+    aside = _beside(path, f".damaged-{int(time.time())}")
+    for suffix in _PARTS:
+        if _beside(path, suffix).exists():
+            _beside(path, suffix).rename(_beside(aside, suffix))
+    _beside(path, TAKEN_OVER).rename(path)
+    _beside(path, MARKER).unlink(missing_ok=True)
+    log.warning("spool_replaced", path=str(path), aside=str(aside))
+    return Spool(path)
 
 
 def take_over(path: Path, damaged: Path) -> int:
@@ -101,6 +138,9 @@ def take_over(path: Path, damaged: Path) -> int:
             _copy(other, fresh, table, f"{key} {order}") for table, key in TABLES.items() for order in ("ASC", "DESC")
         )
         fresh.execute("DELETE FROM marks WHERE name = ?", (JOURNAL_MARK,))
+        if not fresh.execute("SELECT count(*) FROM marks WHERE name = ?", (COUNTED_MARK,)).fetchone()[0]:
+            fresh.execute("DELETE FROM tallies")  # nobody knows what they counted: the whole journal is counted again
+            fresh.execute("DELETE FROM marks WHERE name = ?", (SEEN_MARK,))
         _begin_after(fresh, "requests", RECORDS_MARK, ALLOWED_MARK)
         _begin_after(fresh, "events", EVENTS_MARK)
         fresh.execute("COMMIT")

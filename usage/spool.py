@@ -26,6 +26,10 @@ _INSERT: Final = """INSERT OR IGNORE INTO requests (request_id, revision, client
 started_us, record, told, settlement, tried_s, settled) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)"""
 JOURNAL_MARK: Final = "journal"
 """Mark of how far the journal has been read."""
+COUNTED_MARK: Final = "journal_counted"
+"""Mark of how far its requests have been counted: further, while it is read a second time."""
+SEEN_MARK: Final = "seen"
+"""What was counted, as :class:`usage.reconcile.Seen` writes it."""
 RECORDS_MARK: Final = "records_delivered"
 ALLOWED_MARK: Final = "allowed_delivered"
 EVENTS_MARK: Final = "events_delivered"
@@ -34,9 +38,16 @@ RECORDS_COUNT: Final = "records_written"
 ESTIMATES_COUNT: Final = "estimates_written"
 """Marks of how many records have ever been written, and how many of them to stand for requests that nobody had told the
 end of. Each of these may be followed by one that tells."""
+_DAMAGE: Final = frozenset({sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB})
 PRUNED_AT_ONCE: Final = 2000
 EXPIRE: Final = "expire"
 """In the place of a settlement: close the open entry with what was reserved."""
+
+
+def is_damage(error: sqlite3.Error) -> bool:
+    """Whether it is not the disk that fails but the file that is not what was written. SQLite docs: "Result Codes"."""
+    code: int | None = getattr(error, "sqlite_errorcode", None)
+    return code is not None and code & 0xFF in _DAMAGE
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

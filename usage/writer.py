@@ -13,7 +13,7 @@ from typing import Final, TypeVar
 
 from gateway.telemetry import Logger
 from usage.metrics import LedgerMetrics
-from usage.spool import Changes, Entry, Spool
+from usage.spool import Changes, Entry, Spool, is_damage
 
 ENTRIES_MAX: Final = 50_000
 """Entries and attempts that wait to be written; a request has some 2 kB."""
@@ -25,7 +25,9 @@ T = TypeVar("T")
 
 
 class Writer:
-    """Owns the thread that writes. ``written`` is told of entries that were not there before, once they are safe."""
+    """Owns the thread that writes. ``written`` is told of entries that were not there before, once they are safe;
+    ``damaged`` of an error after which trying again will not do.
+    """
 
     def __init__(
         self,
@@ -34,6 +36,7 @@ class Writer:
         written: Callable[[Sequence[Entry]], None],
         metrics: LedgerMetrics,
         log: Logger,
+        damaged: Callable[[sqlite3.Error], None] = lambda _: None,
         entries_max: int = ENTRIES_MAX,
         retry_s: float = RETRY_S,
         group_s: float = GROUP_S,
@@ -42,6 +45,7 @@ class Writer:
         self._written = written
         self._metrics = metrics
         self._log = log
+        self._damaged = damaged
         self._entries_max = entries_max
         self._retry_s = retry_s
         self._group_s = group_s
@@ -71,10 +75,14 @@ class Writer:
 
     async def write(self, changes: Changes) -> None:
         """Wait for room, and until everything is on the disk."""
+        await (await self.begin(changes))
+
+    async def begin(self, changes: Changes) -> asyncio.Future[None]:
+        """Wait for room; the future is done when everything is on the disk."""
         await self._room.wait()
         safe: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._take(changes, safe)
-        await safe
+        return safe
 
     async def call(self, work: Callable[[], T]) -> T:
         """Do something with the spool, in its thread, until it can be done."""
@@ -147,6 +155,8 @@ class Writer:
 
     def _failed(self, error: sqlite3.Error) -> None:
         self._metrics.spool_errors.inc()
+        if is_damage(error):
+            self._damaged(error)
         if self.writable:
             self.writable = False
             self._metrics.spool_writable.set(0)

@@ -68,6 +68,7 @@ class Ledger:
             self.writer,
             reopen=envoy.reopen,
             is_full=self._is_full,
+            metrics=metrics(),
             log=get_logger(),
             poll_s=0.001,
         )

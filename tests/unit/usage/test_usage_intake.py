@@ -71,7 +71,7 @@ class Ledger:
     async def read(self, *told: Told | bytes) -> None:
         """In the journal."""
         lines = [each if isinstance(each, bytes) else line_of(each) for each in told]
-        await self.intake.take_journal(lines, "1:2")
+        await (await self.intake.take_journal(lines, "1:2"))
 
     def rows(self, columns: str, table: str = "requests") -> list[tuple[Any, ...]]:
         with closing(sqlite3.connect(f"file:{self.spool.path}?mode=ro", uri=True)) as db:
@@ -199,7 +199,7 @@ async def test_the_journal_alone_is_counted_by_kind(tmp_path: Path) -> None:
 
 async def test_place_in_the_journal_is_written_with_what_was_read(tmp_path: Path) -> None:
     async with running(tmp_path) as ledger:
-        await ledger.intake.take_journal([line_of(told())], "77:5")
+        await (await ledger.intake.take_journal([line_of(told())], "77:5"))
         assert dict(ledger.rows("name, value", "marks"))["journal"] == "77:5"
         kept = Seen(str(dict(ledger.rows("name, value", "marks"))["seen"]))
         assert kept.of(START_S, now_s=START_S) == 1

@@ -21,7 +21,16 @@ from usage.intake import Intake
 from usage.journal_file import JournalFile, Position
 from usage.reconcile import Seen
 from usage.salvage import Opened, committed_frames, open_spool, take_over
-from usage.spool import ALLOWED_MARK, EVENTS_MARK, RECORDS_MARK, Changes, Spool
+from usage.spool import (
+    ALLOWED_MARK,
+    COUNTED_MARK,
+    EVENTS_MARK,
+    JOURNAL_MARK,
+    RECORDS_MARK,
+    SEEN_MARK,
+    Changes,
+    Spool,
+)
 from usage.writer import Writer
 
 LOG = get_logger()
@@ -73,13 +82,14 @@ async def read_journal(opened: Opened, journal: Path) -> None:
         log=LOG,
         recovered=opened.damaged,
     )
-    file = JournalFile(journal, Position.read(str(spool.mark("journal", ""))))
+    at, counted = (Position.read(str(spool.mark(mark, ""))) for mark in (JOURNAL_MARK, COUNTED_MARK))
+    file = JournalFile(journal, at, counted=counted)
     running = asyncio.create_task(writer.run())
-    while lines := file.read():
-        for start in range(0, len(lines), AT_ONCE):
-            at_end = start + AT_ONCE >= len(lines)
-            some, position = lines[start : start + AT_ONCE], file.position.written() if at_end else "0:0"
-            await intake.take_journal(some, position)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("usage.journal_file.READ_MAX_BYTES", AT_ONCE * len(line_of(told(REQUESTS))))
+        while lines := file.read():
+            position = file.position.written()
+            await (await intake.take_journal(lines, position, counted=file.was_counted))
     running.cancel()
     writer.close()
     file.close()
@@ -114,6 +124,7 @@ def everything_is_there(killed: Ledger) -> Opened:
     asyncio.run(read_journal(opened, killed.journal))
     found = Counter(row[1] for row in rows(killed.spool, "requests"))
     assert found == Counter(f"r-{number}" for number in range(REQUESTS))
+    assert rows(killed.spool, "tallies") == [("forwarded", REQUESTS)]
     settlements = [entry.settlement for entry in opened.spool.unsettled(most=10 * REQUESTS)]
     assert sum(s.tokens for s in settlements if isinstance(s, Settlement)) == sum(range(REQUESTS))
     opened.spool.close()
@@ -281,6 +292,16 @@ def test_journal_is_read_again_after_a_file_was_taken_over(other: Spool, fresh: 
     take_over(fresh.path, other.path)
     assert fresh.mark("journal", "") == ""
     assert fresh.mark(RECORDS_MARK, 0) == 1
+
+
+@pytest.mark.parametrize(("mark", "kept"), [(COUNTED_MARK, [("forwarded", 3)]), (RECORDS_MARK, [])])
+def test_counts_are_kept_if_it_is_known_what_they_counted(
+    other: Spool, fresh: Spool, mark: str, kept: list[tuple[str, int]]
+) -> None:
+    other.write(Changes(tallies=Counter({"forwarded": 3}), marks={mark: "70:8", SEEN_MARK: "{}"}))
+    take_over(fresh.path, other.path)
+    assert rows(fresh.path, "tallies") == kept
+    assert fresh.mark(SEEN_MARK, "") == ("{}" if kept else "")
 
 
 @pytest.mark.parametrize("mark", [RECORDS_MARK, ALLOWED_MARK])
