@@ -9,7 +9,6 @@ from gateway.errors import StoreUnavailable
 from gateway.telemetry import Logger
 from limits.audit_reader import read_after
 from limits.connection import Connection
-from usage.archive import Archive
 from usage.spool import Changes
 from usage.writer import Writer
 
@@ -18,9 +17,9 @@ MARK: Final = "audit_stream"
 EVENTS_MAX: Final = 500
 
 
-async def follow_audit(connection: Connection, archive: Archive, writer: Writer, *, log: Logger) -> None:
+async def follow_audit(connection: Connection, writer: Writer, *, log: Logger) -> None:
     """Copy every event once, until cancelled. The stream keeps AUDIT_EVENTS_MAX for a ledger that is away."""
-    after = str(await archive.mark(MARK, "0-0"))
+    after = str(await writer.mark(MARK, "0-0"))
     while True:
         try:
             page = await read_after(connection, after, most=EVENTS_MAX)

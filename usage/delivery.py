@@ -95,8 +95,8 @@ class Delivery:
                 tasks.create_task(self._follow(stream))
 
     async def _follow(self, stream: Stream) -> None:
-        stream.at = int(await self._archive.mark(stream.mark, 0))
-        stream.taken = int(await self._archive.mark(count_mark(stream.mark), 0))
+        stream.at = int(await self._writer.mark(stream.mark, 0))
+        stream.taken = int(await self._writer.mark(count_mark(stream.mark), 0))
         while True:
             stream.written.clear()
             try:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import sqlite3
 import time
 from collections import Counter
 from collections.abc import AsyncIterator, Coroutine, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
+from functools import partial
 from typing import Any, Final
 
 import httpx
@@ -15,7 +17,7 @@ from prometheus_client import CollectorRegistry
 from starlette.applications import Starlette
 
 from gateway.http import serve, tcp_listener, unix_listener
-from gateway.settings import AUDIT_SOCKET, JOURNAL, USAGE_SOCKET, UsageSettings
+from gateway.settings import AUDIT_SOCKET, JOURNAL, USAGE_SOCKET, SettingsError, UsageSettings
 from gateway.telemetry import Logger
 from limits.heartbeat import beat
 from limits.valkey import ValkeyLimits, open_limits
@@ -46,6 +48,8 @@ PRUNE_S: Final = 60.0
 STREAM_GRACE_S: Final = 0.5
 """For what Envoy has written already, when the program is told to stop."""
 DRAIN_S: Final = 5.0
+REOPEN_S: Final = 5.0
+"""Before a damaged spool is taken over again, where there was no room."""
 
 
 class Ledger:
@@ -127,7 +131,7 @@ class Ledger:
             self.delivery.run(),
             self.follower.run(),
             self.reconciliation.run(),
-            keep_policies(settings, self.archive, self.writer, log=log),
+            keep_policies(settings, self.writer, log=log),
             prune_every(
                 PRUNE_S,
                 self._spool,
@@ -146,7 +150,7 @@ class Ledger:
             self.settler.run(),
             self._signs.run(),
             beat(store.connection),
-            follow_audit(store.connection, self.archive, self.writer, log=log),
+            follow_audit(store.connection, self.writer, log=log),
             sweep_every(
                 settings.usage_sweep_interval_s,
                 store,
@@ -212,7 +216,6 @@ class Ledger:
         self.writer.close()
         self.archive.close()
         self._asked.close()
-        self._spool.close()
 
     def _written(self, entries: Sequence[Entry]) -> None:
         for kind, count in Counter(entry.kind for entry in entries).items():
@@ -225,7 +228,10 @@ class Ledger:
         if not self.damaged.is_set():
             self.damaged.set()
             self._log.error("spool_damaged_at_work", error=str(error), meaning="it is opened anew and made whole")
-            mark_damaged(self._spool.path)
+            try:
+                mark_damaged(self._spool.path)
+            except OSError as cannot:
+                self._log.error("spool_not_marked", error=str(cannot), meaning="the damage has to be found again")
 
     def _tried_s(self) -> int | None:
         """When what is written now may be told to the limit store."""
@@ -255,47 +261,77 @@ async def run(settings: UsageSettings, stop: asyncio.Event, *, log: Logger) -> N
     Raises:
         SettingsError: the program cannot start.
     """
+    settings.run_dir.mkdir(parents=True, exist_ok=True)
+    opened: Opened | None
+    try:
+        opened = await _open(settings, log)
+    except sqlite3.OperationalError as error:
+        raise SettingsError(f"STATE_DIR: {settings.state_path / SPOOL_FILE}: {error}") from error
+    while opened is not None and not await _serve(settings, opened, stop, log=log):
+        opened = await _opened_again(settings, stop, log)
+
+
+async def _open(settings: UsageSettings, log: Logger) -> Opened:
+    opening = partial(open_spool, settings.state_path / SPOOL_FILE, journal=settings.state_path / JOURNAL, log=log)
+    return await asyncio.to_thread(opening)
+
+
+async def _opened_again(settings: UsageSettings, stop: asyncio.Event, log: Logger) -> Opened | None:
+    """The spool made whole, as soon as there is room for that; None: told to stop before."""
     while not stop.is_set():
-        await _serve(settings, stop, log=log)
+        try:
+            return await _open(settings, log)
+        except sqlite3.OperationalError as error:
+            log.warning("spool_not_opened", error=str(error), meaning=f"tried again in {REOPEN_S:.0f} s")
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(REOPEN_S):
+                    await stop.wait()
+    return None
 
 
-async def _serve(settings: UsageSettings, stop: asyncio.Event, *, log: Logger) -> None:
-    """Serve until told to stop, or until the spool is found damaged.
+async def _serve(settings: UsageSettings, opened: Opened, stop: asyncio.Event, *, log: Logger) -> bool:
+    """Serve until told to stop; False: until the spool was found damaged.
 
     Raises:
         SettingsError: the program cannot start.
     """
-    settings.run_dir.mkdir(parents=True, exist_ok=True)
     registry = CollectorRegistry()
     metrics = LedgerMetrics(registry)
-    listeners = tcp_listener("0.0.0.0", settings.usage_metrics_port), unix_listener(settings.run_dir / AUDIT_SOCKET)
+    metrics.spool_recovered.inc(int(opened.damaged))
     async with AsyncExitStack() as stack:
-        opened = open_spool(settings.state_path / SPOOL_FILE, journal=settings.state_path / JOURNAL, log=log)
-        metrics.spool_recovered.inc(int(opened.damaged))
+        stack.callback(opened.spool.close)
         outlets = await stack.enter_async_context(open_outlets(settings, log=log))
         store = await stack.enter_async_context(_store(settings, metrics=metrics, log=log))
         http = await stack.enter_async_context(httpx.AsyncClient(trust_env=False))
         ledger = Ledger(settings, opened, store, outlets, http, metrics, log)
         stack.callback(ledger.close)
-        async with asyncio.TaskGroup() as tasks:
-            running = [tasks.create_task(each) for each in ledger.tasks()]
-            running.append(tasks.create_task(serve(build_app(registry, ledger.health), listeners[0])))
-            running.append(tasks.create_task(serve(ledger.audit_app(), listeners[1])))
-            server = AccessLogServer(settings.run_dir / USAGE_SOCKET, ledger.intake.receive)
-            await server.start()
-            log.info("ledger_serving", spool=str(opened.spool.path), metrics_port=settings.usage_metrics_port)
-            await _first_of(stop, ledger.damaged)
-            log.info("stopping")
-            await server.stop(STREAM_GRACE_S)
+        listeners = tcp_listener("0.0.0.0", settings.usage_metrics_port), unix_listener(settings.run_dir / AUDIT_SOCKET)
+        try:
+            async with asyncio.TaskGroup() as tasks:
+                running = [tasks.create_task(each) for each in ledger.tasks()]
+                running.append(tasks.create_task(serve(build_app(registry, ledger.health), listeners[0])))
+                running.append(tasks.create_task(serve(ledger.audit_app(), listeners[1])))
+                server = AccessLogServer(settings.run_dir / USAGE_SOCKET, ledger.intake.receive)
+                await server.start()
+                log.info("ledger_serving", spool=str(opened.spool.path), metrics_port=settings.usage_metrics_port)
+                await _first_of(stop, ledger.damaged)
+                log.info("stopping")
+                await server.stop(STREAM_GRACE_S)
+                if not ledger.damaged.is_set():
+                    await ledger.drain(DRAIN_S)
+                for task in running:
+                    task.cancel()
+        except* sqlite3.Error:
             if not ledger.damaged.is_set():
-                await ledger.drain(DRAIN_S)
-            for task in running:
-                task.cancel()
+                raise
+        return not ledger.damaged.is_set()
 
 
 async def _first_of(*events: asyncio.Event) -> None:
     """Wait until one of them is set."""
     waiting = [asyncio.ensure_future(event.wait()) for event in events]
-    await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
-    for each in waiting:
-        each.cancel()
+    try:
+        await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
+    finally:
+        for each in waiting:
+            each.cancel()

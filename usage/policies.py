@@ -12,21 +12,20 @@ from gateway.settings import LAST_GOOD_FILE, CommonSettings
 from gateway.telemetry import Logger
 from policies.load import Bundle, Loaded, PolicyRejected, load, load_or_last_good
 from policies.watch import watch
-from usage.archive import Archive
 from usage.spool import Changes
 from usage.writer import Writer
 
 MARK: Final = "policy"
 
 
-async def keep_policies(settings: CommonSettings, archive: Archive, writer: Writer, *, log: Logger) -> None:
+async def keep_policies(settings: CommonSettings, writer: Writer, *, log: Logger) -> None:
     """Keep the policy in force and each that follows it, until cancelled; a change of it is audited."""
     bundle: Bundle | None = None
     try:
         last_good = settings.state_path / LAST_GOOD_FILE
         start = await asyncio.to_thread(load_or_last_good, settings.policy_dir, settings.backend_endpoints, last_good)
         bundle = start.loaded.bundle
-        await _keep(start.loaded, settings.backend_endpoints, archive, writer)
+        await _keep(start.loaded, settings.backend_endpoints, writer)
     except PolicyRejected as rejected:
         log.warning("policy_rejected", problems=[str(problem) for problem in rejected.problems])
     async for change in watch(settings.policy_dir, loaded=bundle):
@@ -35,14 +34,14 @@ async def keep_policies(settings: CommonSettings, archive: Archive, writer: Writ
         except PolicyRejected as rejected:
             log.warning("policy_rejected", problems=[str(problem) for problem in rejected.problems])
             continue
-        await _keep(loaded, settings.backend_endpoints, archive, writer)
+        await _keep(loaded, settings.backend_endpoints, writer)
 
 
-async def _keep(loaded: Loaded, backend_endpoints: str, archive: Archive, writer: Writer) -> None:
+async def _keep(loaded: Loaded, backend_endpoints: str, writer: Writer) -> None:
     digest, now_s = loaded.policy.digest, time.time()
     kept = {"directory": loaded.bundle.directory, "files": loaded.bundle.files, "backend_endpoints": backend_endpoints}
     document = json.dumps(kept)
-    before = await archive.mark(MARK, "")
+    before = await writer.mark(MARK, "")
     if before == digest:
         await writer.write(Changes(policies=[(digest, document)]))
         return

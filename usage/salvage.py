@@ -112,7 +112,7 @@ def _replaced(path: Path, problem: str, log: Logger) -> Spool:
 
 
 def _put_in_place(path: Path, log: Logger) -> Spool:
-    aside = _beside(path, f".damaged-{int(time.time())}")
+    aside = _beside(path, f"{MARKER}-{time.time_ns() // 1_000_000}")
     for suffix in _PARTS:
         if _beside(path, suffix).exists():
             _beside(path, suffix).rename(_beside(aside, suffix))

@@ -9,7 +9,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from typing import Final, TypeVar
+from typing import Any, Final, TypeVar
 
 from gateway.telemetry import Logger
 from usage.metrics import LedgerMetrics
@@ -98,6 +98,10 @@ class Writer:
                 self._metrics.spool_writable.set(1)
                 self._log.info("spool_writable", entries=self._held)
             return done
+
+    async def mark(self, name: str, default: Any) -> Any:
+        """A mark as it was last written, once it can be read."""
+        return await self.call(partial(self._spool.mark, name, default))
 
     async def write_through(self) -> None:
         """Wait until everything so far is in the spool's own file."""

@@ -118,3 +118,28 @@ def test_a_damaged_spool_is_told_of_and_made_whole_from_the_journal(stack: Stack
     assert f'"{event}"' in stack.usage.log()
     metrics = stack.http.get(f"{stack.usage_url}/metrics").text
     assert "router_usage_spool_recovered_total 1.0" in metrics
+
+
+def _spoil_all(directory: Path) -> None:
+    """Overwrite what a running ledger has written; what it holds in memory does not last."""
+    for name in ("usage.db", "usage.db-wal"):
+        with (directory / name).open("r+b") as file:
+            size = file.seek(0, 2)
+            file.seek(100)
+            file.write(b"\xa5" * (size - 100))
+
+
+def test_a_spool_found_damaged_at_work_is_made_whole_without_a_hand(stack: Stack) -> None:
+    used = serve(stack, 60)
+    all_is_recorded(stack, used)
+    pid = stack.usage.pid
+    _spoil_all(stack.directory)
+    used |= serve(stack, 20)
+    eventually(lambda: '"spool_replaced"' in stack.usage.log(), "the damage is found, and what can be read is kept")
+    used |= serve(stack, 20)
+    all_is_recorded(stack, used)
+    assert stack.usage.pid == pid
+    assert '"spool_damaged_at_work"' in stack.usage.log()
+    metrics = stack.http.get(f"{stack.usage_url}/metrics").text
+    assert "router_usage_spool_recovered_total 1.0" in metrics
+    eventually(lambda: _readiness(stack) == ("", 200), "nothing is left to warn of")

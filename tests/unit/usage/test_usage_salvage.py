@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import random
 import sqlite3
 from collections import Counter
@@ -20,7 +21,7 @@ from tests.unit.usage.usage_builders import START_S, Told, an_entry, an_event, l
 from usage.intake import Intake
 from usage.journal_file import JournalFile, Position
 from usage.reconcile import Seen
-from usage.salvage import Opened, committed_frames, open_spool, take_over
+from usage.salvage import Opened, committed_frames, mark_damaged, open_spool, take_over
 from usage.spool import (
     ALLOWED_MARK,
     COUNTED_MARK,
@@ -237,12 +238,7 @@ def test_garbage_in_the_middle_is_found_again(killed: Ledger, page: int) -> None
 
 def test_nothing_that_can_still_be_read_is_given_up(killed: Ledger) -> None:
     killed.journal.unlink()
-    with closing(sqlite3.connect(killed.spool)) as db:
-        [(page,)] = db.execute("SELECT rootpage FROM sqlite_master WHERE name = 'events'")
-        db.execute("PRAGMA wal_checkpoint(TRUNCATE)")
-    with killed.spool.open("r+b") as file:
-        file.seek((page - 1) * 4096)
-        file.write(b"\xa5" * 4096)
+    spoil(killed)
     opened = open_spool(killed.spool, journal=killed.journal, log=LOG)
     assert opened.damaged
     assert len(request_ids(killed.spool)) == REQUESTS
@@ -254,6 +250,66 @@ def test_file_that_was_cut_short_is_found_again(killed: Ledger, bytes_left: int)
     killed.wal.unlink()
     killed.spool.write_bytes(killed.spool.read_bytes()[:bytes_left])
     everything_is_there(killed)
+
+
+# --- Replacing it, interrupted or not.
+
+
+def spoil(killed: Ledger) -> None:
+    with closing(sqlite3.connect(killed.spool)) as db:
+        [(page,)] = db.execute("SELECT rootpage FROM sqlite_master WHERE name = 'events'")
+        db.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+    with killed.spool.open("r+b") as file:
+        file.seek((page - 1) * 4096)
+        file.write(b"\xa5" * 4096)
+
+
+def test_spool_that_was_found_damaged_at_work_is_replaced_however_sound_it_looks(killed: Ledger) -> None:
+    mark_damaged(killed.spool)
+    assert everything_is_there(killed).damaged
+    opened = open_spool(killed.spool, journal=killed.journal, log=LOG)
+    assert not opened.damaged
+    opened.spool.close()
+
+
+@pytest.mark.parametrize("renamed", range(5))
+def test_start_that_was_killed_while_it_replaced_the_spool_is_finished_by_the_next(
+    killed: Ledger, monkeypatch: pytest.MonkeyPatch, renamed: int
+) -> None:
+    spoil(killed)
+    killed.journal.unlink()  # so that nothing can come from elsewhere
+    rename, left = Path.rename, iter(range(renamed))
+
+    def kill(path: Path, to: Path) -> Path:
+        if next(left, None) is None:
+            raise KeyboardInterrupt
+        return rename(path, to)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "rename", kill)
+        with contextlib.suppress(KeyboardInterrupt):
+            open_spool(killed.spool, journal=killed.journal, log=LOG).spool.close()
+    opened = open_spool(killed.spool, journal=killed.journal, log=LOG)
+    opened.spool.close()
+    assert len(request_ids(killed.spool)) == REQUESTS
+    assert not list(killed.spool.parent.glob("*.making*"))
+    assert not list(killed.spool.parent.glob("*.taken-over*"))
+
+
+def test_spool_stays_where_it_is_while_there_is_no_room_to_take_it_over(
+    killed: Ledger, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spoil(killed)
+
+    def full(*_: object) -> int:
+        raise sqlite3.OperationalError("database or disk is full")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("usage.salvage.take_over", full)
+        with pytest.raises(sqlite3.OperationalError, match="full"):
+            open_spool(killed.spool, journal=killed.journal, log=LOG)
+    assert not list(killed.spool.parent.glob("usage.db.damaged*"))
+    assert everything_is_there(killed).damaged
 
 
 # --- Taking over from another file.

@@ -188,7 +188,7 @@ def replace_policy(directory: Path, text: str) -> str:
 async def keeping(directory: Path) -> AsyncIterator[Ledger]:
     settings = CommonSettings(run_dir=directory, policy_dir=directory / "policies")
     async with running(directory) as ledger:
-        task = asyncio.create_task(keep_policies(settings, ledger.archive, ledger.writer, log=get_logger()))
+        task = asyncio.create_task(keep_policies(settings, ledger.writer, log=get_logger()))
         yield ledger
         await ended(task)
 
@@ -244,7 +244,7 @@ async def following(directory: Path, server: Server) -> AsyncIterator[tuple[Ledg
         running(directory) as ledger,
         open_limits(f"unix://{server.socket}", log=get_logger(), deadline_s=5) as store,
     ):
-        task = asyncio.create_task(follow_audit(store.connection, ledger.archive, ledger.writer, log=get_logger()))
+        task = asyncio.create_task(follow_audit(store.connection, ledger.writer, log=get_logger()))
         yield ledger, store.connection
         await ended(task)
 
