@@ -37,6 +37,7 @@ class Counts:
     records: int
     estimates: int
     delivered: int
+    refused: int
     waiting: int
     oldest_waiting_s: float
     unsettled: int
@@ -56,7 +57,7 @@ def differences(counts: Counts) -> Iterator[dict[str, Any]]:
     else:
         late = counts.completed - counts.journaled - lost
     ahead = counts.records - counts.estimates - sum(counts.kinds.get(kind, 0) for kind in BILLED)
-    left = counts.records - counts.delivered - counts.waiting
+    left = counts.records - counts.delivered - counts.refused - counts.waiting
     for reason, requests, text in (
         ("NOT_WRITTEN_YET", late, f"completed, but not in the journal yet: Envoy takes up to {LAG_S:.0f} s"),
         ("ENVOY_REPLACED", -late, "in the journal, but of an Envoy that has been replaced since"),
@@ -64,6 +65,7 @@ def differences(counts: Counts) -> Iterator[dict[str, Any]]:
         ("TOLD_BY_GRPC", ahead, "have a record already, and are still to be read in the journal"),
         ("WITHOUT_RECORD", -ahead, "are in the journal, and no record could be made of them: the log says why"),
         ("ESTIMATES", counts.estimates, "records stand for requests that were closed because they were overdue"),
+        ("REFUSED", counts.refused, "records could not be handed on: the log says why; they are offered at each start"),
         ("WAITING", counts.waiting, f"records wait to be delivered, the oldest for {counts.oldest_waiting_s:.0f} s"),
         ("REPLACED", left, "records were written and not delivered: estimates that were replaced before"),
         ("DELIVERED_TWICE", -left, "more records were delivered than written: the spool was damaged"),
@@ -115,6 +117,7 @@ class Accounts:
             records=int(marks.get(RECORDS_COUNT, 0)),
             estimates=int(marks.get(ESTIMATES_COUNT, 0)),
             delivered=int(marks.get(count_mark(RECORDS_MARK), 0)),
+            refused=await self.archive.refused(RECORDS_MARK),
             waiting=waiting,
             oldest_waiting_s=round(self.oldest_s(), 3) if waiting else 0.0,
             unsettled=unsettled,

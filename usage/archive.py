@@ -99,18 +99,23 @@ class Archive:
         self._thread.submit(self._disconnect)
         self._thread.shutdown(wait=True)
 
-    async def outgoing(self, *, after: int, most: int) -> list[Outgoing]:
-        """Requests in the order in which they were written."""
+    async def outgoing(self, *, after: int, most: int, refused_of: str | None = None) -> list[Outgoing]:
+        """Requests in the order in which they were written; with a stream's mark those that it could not hand on."""
         query = (
-            "SELECT seq, request_id, organization_id, kind, started_us, record FROM requests"
-            " WHERE seq > ? ORDER BY seq LIMIT ?"
+            "SELECT seq, request_id, organization_id, kind, started_us, record FROM requests"  # noqa: S608 - names of ours
+            f" WHERE seq > :after {_only(refused_of)} ORDER BY seq LIMIT :most"
         )
-        return await self.call(lambda db: [Outgoing(*row) for row in db.execute(query, (after, most))])
+        asked = {"after": after, "most": most, "stream": refused_of}
+        return await self.call(lambda db: [Outgoing(*row) for row in db.execute(query, asked)])
 
-    async def outgoing_events(self, *, after: int, most: int) -> list[KeptEvent]:
-        """Audit events in the order in which they were written."""
-        query = f"SELECT {_EVENT} FROM events WHERE seq > ? ORDER BY seq LIMIT ?"  # noqa: S608 - names of ours
-        return await self.call(lambda db: [_event(row) for row in db.execute(query, (after, most))])
+    async def outgoing_events(self, *, after: int, most: int, refused_of: str | None = None) -> list[KeptEvent]:
+        """Audit events in the order in which they were written; with a mark as :meth:`outgoing`."""
+        query = (
+            f"SELECT {_EVENT} FROM events"  # noqa: S608 - names of ours
+            f" WHERE seq > :after {_only(refused_of)} ORDER BY seq LIMIT :most"
+        )
+        asked = {"after": after, "most": most, "stream": refused_of}
+        return await self.call(lambda db: [_event(row) for row in db.execute(query, asked)])
 
     async def backlog(self, *, after: int) -> tuple[int, int | None]:
         """How many requests are not handed on, at most, and when the oldest of them began (unix microseconds)."""
@@ -121,6 +126,24 @@ class Archive:
                 "SELECT started_us FROM requests WHERE seq > ? ORDER BY seq LIMIT 1", (after,)
             ).fetchone()
             return (0, None) if oldest is None else (last - after, oldest[0])
+
+        return await self.call(look)
+
+    async def refused(self, stream: str) -> int:
+        """How much a stream could not hand on."""
+
+        def look(db: sqlite3.Connection) -> int:
+            [(count,)] = db.execute("SELECT count(*) FROM refused WHERE stream = ?", (stream,))
+            return int(count)
+
+        return await self.call(look)
+
+    async def refusal(self, stream: str, place: int) -> str | None:
+        """Why a stream could not hand on what is at a place of it; None: it could, or will."""
+
+        def look(db: sqlite3.Connection) -> str | None:
+            row = db.execute("SELECT reason FROM refused WHERE stream = ? AND place = ?", (stream, place)).fetchone()
+            return None if row is None else str(row[0])
 
         return await self.call(look)
 
@@ -204,6 +227,10 @@ class Archive:
         if self._db is not None:
             self._db.close()
             self._db = None
+
+
+def _only(refused_of: str | None) -> str:
+    return "" if refused_of is None else "AND seq IN (SELECT place FROM refused WHERE stream = :stream)"
 
 
 def _request(row: Sequence[Any]) -> KeptRequest:

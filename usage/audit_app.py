@@ -77,6 +77,7 @@ class Receipts:
                     events=await self._archive.events_of(request.request_id, of=of),
                     policy=await self._policy(request.told["policy"]),
                     delivered_to=int(await self._archive.mark(RECORDS_MARK, 0)),
+                    refusal=await self._archive.refusal(RECORDS_MARK, request.seq),
                 )
             )
         running = await self._running(OrganizationId(organization_id), request_id)

@@ -3,6 +3,9 @@
 Three streams, each with a mark and an outlet of its own, so that one that is refused does not hold up the others. What
 the outlet has taken is marked in the spool; what it has not is offered again, in order. So each message comes at least
 once, and again only where the mark was lost: readers know it by its ``record_id`` or ``event_id``.
+
+A message that the outlet refuses for good does not hold up the others. It stays in the spool, and is offered again
+after each start of the ledger: by then somebody may have mended what it was refused for.
 """
 
 from __future__ import annotations
@@ -20,7 +23,7 @@ from usage.json_text import from_json, json_text
 from usage.metrics import LedgerMetrics
 from usage.outlet import BATCH_MAX, Message, Outlet, Refused
 from usage.record import MICRO, iso
-from usage.spool import ALLOWED_MARK, EVENTS_MARK, RECORDS_MARK, Changes
+from usage.spool import ALLOWED_MARK, EVENTS_MARK, RECORDS_MARK, Changes, Refusal
 from usage.writer import Writer
 
 RECORDS_TOPIC: Final = "usage.records.v1"
@@ -31,20 +34,23 @@ PAUSE_S: Final = 0.25
 """Between two parts of a stream that is not behind: each is synced to a disk somewhere."""
 
 Kept = TypeVar("Kept", Outgoing, KeptEvent)
-Places = Sequence[tuple[int, Message | None]]
-"""What is next in a stream, by its place; None where nothing is handed on of it."""
+Places = Sequence[tuple[int, Message | str | None]]
+"""What is next in a stream, by its place; None where nothing is handed on of it, a text where it cannot be: why."""
 
 
 class Stream:
     """One stream: where it stands, and what comes next."""
 
-    def __init__(self, mark: str, outlet: Outlet, read: Callable[[int], Awaitable[Places]]) -> None:
+    def __init__(self, mark: str, outlet: Outlet, read: Callable[[int, str | None], Awaitable[Places]]) -> None:
+        """``read`` takes the place after which, and the mark where only what was refused is asked for."""
         self.mark = mark
         self.outlet = outlet
         self.read = read
         self.at = 0
         self.taken = 0
         """Messages that the outlet has taken, ever."""
+        self.again_at: int | None = 0
+        """Up to here what was refused before this start has been offered again; None: all of it."""
         self.stopped = False
         self.written = asyncio.Event()
 
@@ -82,6 +88,8 @@ class Delivery:
         """Requests that have not been handed on."""
         self.oldest_s = 0.0
         """Age of the oldest of them."""
+        self.refused = 0
+        """Records that could not be handed on."""
 
     def wake(self) -> None:
         """There is something new."""
@@ -100,6 +108,8 @@ class Delivery:
         while True:
             stream.written.clear()
             try:
+                if stream.again_at is not None:
+                    await self._offer_again(stream, stream.again_at)
                 more = await self._hand_on(stream)
                 if stream is self._records:
                     await self._measure()
@@ -118,23 +128,34 @@ class Delivery:
 
     async def _hand_on(self, stream: Stream) -> bool:
         """Hand on the next part of a stream; whether there may be more."""
-        places = await stream.read(stream.at)
+        places = await stream.read(stream.at, None)
         if not places:
             return False
-        messages = [(place, message) for place, message in places if message is not None]
-        safe = await self._deliver(stream, messages)
-        at = places[-1][0] if safe == len(messages) else messages[safe][0] - 1
+        at, changes = await self._deliver(stream, places)
         if at > stream.at:
             stream.at = at
-            stream.taken += safe
-            self._writer.insist(Changes(marks={stream.mark: at, count_mark(stream.mark): stream.taken}))
-        return safe == len(messages) and len(places) == BATCH_MAX
+            changes.marks |= {stream.mark: at, count_mark(stream.mark): stream.taken}
+            self._writer.insist(changes)
+        return at == places[-1][0] and len(places) == BATCH_MAX
 
-    async def _deliver(self, stream: Stream, messages: Sequence[tuple[int, Message]]) -> int:
-        """How many messages, from the first on, need not be offered again."""
-        safe, why = 0, ""
-        while safe < len(messages) and not why:
-            rest = [message for _, message in messages[safe:]]
+    async def _offer_again(self, stream: Stream, after: int) -> None:
+        """Offer some of what was refused before; what is refused again stays where it is."""
+        places = await stream.read(after, stream.mark)
+        stream.again_at = None
+        if places:
+            at, changes = await self._deliver(stream, places)
+            stream.again_at = max(at, after)
+            changes.offered_again = [(stream.mark, place) for place, _ in places if place <= at]
+            changes.marks[count_mark(stream.mark)] = stream.taken
+            self._writer.insist(changes)
+
+    async def _deliver(self, stream: Stream, places: Places) -> tuple[int, Changes]:
+        """The place up to which nothing need be offered again, and what of it was refused."""
+        messages = [(place, what) for place, what in places if isinstance(what, Message)]
+        refusals = [Refusal(stream=stream.mark, place=at, reason=what) for at, what in places if isinstance(what, str)]
+        done, why = 0, ""
+        while done < len(messages) and not why:
+            rest = [message for _, message in messages[done:]]
             try:
                 count = await stream.outlet.deliver(rest)
                 why = "" if count == len(rest) else "the outlet is down"
@@ -143,20 +164,26 @@ class Delivery:
                 if refused.of_topic:
                     why = str(refused)
                 else:
+                    refusals.append(Refusal(stream=stream.mark, place=messages[done + count][0], reason=refused.reason))
                     self._set_aside(refused)
-                    safe += 1
+                    done += 1
             self._metrics.delivered.labels(rest[0].topic).inc(count)
-            safe += count
+            stream.taken += count
+            done += count
+        self._tell(stream, why)
+        at = places[-1][0] if done == len(messages) else messages[done][0] - 1
+        return at, Changes(refused=[refusal for refusal in refusals if refusal.place <= at])
+
+    def _tell(self, stream: Stream, why: str) -> None:
         if bool(why) != stream.stopped:
             stream.stopped = bool(why)
             if why:
                 self._log.warning("delivery_stopped", stream=stream.mark, error=why)
             else:
                 self._log.info("delivery_resumed", stream=stream.mark)
-        return safe
 
     def _set_aside(self, refused: Refused) -> None:
-        """A message that will never be taken stays in the spool; somebody has to look at it."""
+        """Somebody has to look at it."""
         self._metrics.undeliverable.inc()
         self._log.error("undeliverable", id=refused.message.id, topic=refused.message.topic, error=refused.reason)
 
@@ -164,22 +191,24 @@ class Delivery:
         self.waiting, oldest_us = await self._archive.backlog(after=self._records.at)
         self.oldest_s = 0.0 if oldest_us is None else max(0.0, self._clock_s() - oldest_us / MICRO)
         self._metrics.undelivered.set(self.waiting)
+        self.refused = await self._archive.refused(RECORDS_MARK)
         self._metrics.oldest_undelivered_s.set(self.oldest_s)
+        self._metrics.refused.set(self.refused)
 
-    async def _read_records(self, after: int) -> Places:
-        found = await self._archive.outgoing(after=after, most=BATCH_MAX)
+    async def _read_records(self, after: int, refused_of: str | None) -> Places:
+        found = await self._archive.outgoing(after=after, most=BATCH_MAX, refused_of=refused_of)
         return [(request.seq, self._made(_record_message, request)) for request in found]
 
-    async def _read_allowed(self, after: int) -> Places:
-        found = await self._archive.outgoing(after=after, most=BATCH_MAX)
+    async def _read_allowed(self, after: int, refused_of: str | None) -> Places:
+        found = await self._archive.outgoing(after=after, most=BATCH_MAX, refused_of=refused_of)
         return [(request.seq, self._made(_allowed_message, request)) for request in found]
 
-    async def _read_events(self, after: int) -> Places:
-        found = await self._archive.outgoing_events(after=after, most=BATCH_MAX)
+    async def _read_events(self, after: int, refused_of: str | None) -> Places:
+        found = await self._archive.outgoing_events(after=after, most=BATCH_MAX, refused_of=refused_of)
         return [(event.seq, self._made(_event_message, event)) for event in found]
 
-    def _made(self, make: Callable[[Kept], Message | None], kept: Kept) -> Message | None:
-        """A message; None of what cannot be read, as a damaged spool may give it back: somebody has to look at it."""
+    def _made(self, make: Callable[[Kept], Message | None], kept: Kept) -> Message | str | None:
+        """A message, or why there is none of what a damaged spool may have given back."""
         try:
             return make(kept)
         except (ValueError, TypeError, KeyError) as error:
@@ -187,7 +216,7 @@ class Delivery:
             self._log.error(
                 "undeliverable", id=kept.request_id, place=kept.seq, error=f"{type(error).__name__}: {error}"
             )
-            return None
+            return "UNREADABLE"
 
 
 def count_mark(mark: str) -> str:

@@ -170,11 +170,14 @@ class Ledger:
             warnings.append(f"the oldest record that was not handed on is {late_s:.0f} s old")
         if self.delivery.waiting >= self._settings.usage_backlog_max:
             warnings.append("the backlog is full: requests wait in Envoy's journal")
+        if self.delivery.refused:
+            warnings.append(f"{self.delivery.refused} records could not be handed on: the log says why")
         if self.reconciliation.unaccounted:
             warnings.append(f"{self.reconciliation.unaccounted} requests are unaccounted for")
         return {
             "spool": "writable" if self.writer.writable else "not_writable",
             "undelivered": self.delivery.waiting,
+            "refused": self.delivery.refused,
             "oldest_undelivered_s": round(late_s, 3),
             "unaccounted": self.reconciliation.unaccounted,
             "warnings": warnings,

@@ -69,6 +69,9 @@ class LedgerMetrics:
             "Records and events that the broker refuses for good.",
             registry=registry,
         )
+        self.refused = Gauge(
+            "router_usage_refused_records", "Records that could not be handed on, kept in the spool.", registry=registry
+        )
         self.undelivered = Gauge(
             "router_usage_undelivered_requests", "Requests written down and not handed on yet.", registry=registry
         )

@@ -5,17 +5,14 @@ from __future__ import annotations
 import asyncio
 import json
 import time
-from typing import Final
 
 from gateway.audit import AuditAction, AuditEvent
 from gateway.settings import LAST_GOOD_FILE, CommonSettings
 from gateway.telemetry import Logger
 from policies.load import Bundle, Loaded, PolicyRejected, load, load_or_last_good
 from policies.watch import watch
-from usage.spool import Changes
+from usage.spool import POLICY_MARK, Changes
 from usage.writer import Writer
-
-MARK: Final = "policy"
 
 
 async def keep_policies(settings: CommonSettings, writer: Writer, *, log: Logger) -> None:
@@ -41,7 +38,7 @@ async def _keep(loaded: Loaded, backend_endpoints: str, writer: Writer) -> None:
     digest, now_s = loaded.policy.digest, time.time()
     kept = {"directory": loaded.bundle.directory, "files": loaded.bundle.files, "backend_endpoints": backend_endpoints}
     document = json.dumps(kept)
-    before = await writer.mark(MARK, "")
+    before = await writer.mark(POLICY_MARK, "")
     if before == digest:
         await writer.write(Changes(policies=[(digest, document)]))
         return
@@ -54,7 +51,7 @@ async def _keep(loaded: Loaded, backend_endpoints: str, writer: Writer) -> None:
         metadata={"policy_version": digest, "policy_before": before},
         created_at=now_s,
     )
-    await writer.write(Changes(events=[event], marks={MARK: digest}, policies=[(digest, document)]))
+    await writer.write(Changes(events=[event], marks={POLICY_MARK: digest}, policies=[(digest, document)]))
 
 
 def read_policy(document: str) -> Loaded:

@@ -43,6 +43,8 @@ class Kept:
     policy: Policy | None
     delivered_to: int
     """Place of the last request that was handed on."""
+    refusal: str | None = None
+    """Why its record could not be."""
 
 
 def receipt_of(kept: Kept) -> Json:
@@ -244,8 +246,9 @@ def _settlement(request: KeptRequest) -> Json:
 def _delivery(kept: Kept, record: Mapping[str, Any]) -> Json:
     if not record:
         return {"state": "NONE", "record_id": None, "revision": None}
+    state = "DELIVERED" if kept.request.seq <= kept.delivered_to else "WAITING"
     return {
-        "state": "DELIVERED" if kept.request.seq <= kept.delivered_to else "WAITING",
+        "state": state if kept.refusal is None else "REFUSED",
         "record_id": record["record_id"],
         "revision": record["revision"],
     }

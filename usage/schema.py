@@ -43,6 +43,9 @@ CREATE INDEX IF NOT EXISTS events_created ON events (created_us);
 CREATE INDEX IF NOT EXISTS events_organization ON events (organization_id, created_us);
 CREATE INDEX IF NOT EXISTS events_rare ON events (action, created_us) WHERE action <> 'REQUEST_DENIED';
 CREATE INDEX IF NOT EXISTS events_request ON events (request_id) WHERE request_id <> '';
+CREATE TABLE IF NOT EXISTS refused (
+  stream TEXT NOT NULL, place INTEGER NOT NULL, reason TEXT NOT NULL, PRIMARY KEY (stream, place)
+) WITHOUT ROWID;
 CREATE TABLE IF NOT EXISTS tallies (kind TEXT PRIMARY KEY, requests INTEGER NOT NULL) WITHOUT ROWID;
 CREATE TABLE IF NOT EXISTS policies (digest TEXT PRIMARY KEY, document TEXT NOT NULL) WITHOUT ROWID;
 CREATE TABLE IF NOT EXISTS marks (name TEXT PRIMARY KEY, value) WITHOUT ROWID;
@@ -51,6 +54,7 @@ TABLES: Final = {
     "requests": "seq",
     "events": "seq",
     "attempts": "request_id",
+    "refused": "place",
     "policies": "digest",
     "tallies": "kind",
     "marks": "name",

@@ -38,6 +38,14 @@ RECORDS_COUNT: Final = "records_written"
 ESTIMATES_COUNT: Final = "estimates_written"
 """Marks of how many records have ever been written, and how many of them to stand for requests that nobody had told the
 end of. Each of these may be followed by one that tells."""
+POLICY_MARK: Final = "policy"
+"""Digest of the policy in force."""
+_PRUNE_POLICIES: Final = """DELETE FROM policies WHERE digest <> :now AND digest NOT IN (
+SELECT json_extract(metadata, '$.policy_version') FROM events
+WHERE action = 'POLICY_UPDATE' AND action <> 'REQUEST_DENIED' AND json_valid(metadata)
+UNION SELECT json_extract(metadata, '$.policy_before') FROM events
+WHERE action = 'POLICY_UPDATE' AND action <> 'REQUEST_DENIED' AND json_valid(metadata))"""
+"""Of a policy the event of its end is kept as long as any request that began under it."""
 _DAMAGE: Final = frozenset({sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB})
 PRUNED_AT_ONCE: Final = 2000
 EXPIRE: Final = "expire"
@@ -70,6 +78,15 @@ class Entry:
     tried_s: int | None = None
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Refusal:
+    """Something that a stream could not hand on: ``stream`` by its mark, and the place in it."""
+
+    stream: str
+    place: int
+    reason: str
+
+
 @dataclass(slots=True)
 class Changes:
     """What is written together, or not at all."""
@@ -84,6 +101,9 @@ class Changes:
     marks: dict[str, int | str] = field(default_factory=dict)
     policies: list[tuple[str, str]] = field(default_factory=list)
     """Digests, and what they stand for."""
+    offered_again: list[tuple[str, int]] = field(default_factory=list)
+    """Streams and places, of which nothing is refused any more but what ``refused`` says."""
+    refused: list[Refusal] = field(default_factory=list)
 
     @property
     def size(self) -> int:
@@ -100,6 +120,8 @@ class Changes:
         self.tallies += other.tallies
         self.marks |= other.marks
         self.policies += other.policies
+        self.offered_again += other.offered_again
+        self.refused += other.refused
 
 
 class Spool:
@@ -136,6 +158,11 @@ class Spool:
         row = _row(entry)
         if self._db.execute(_INSERT, row).rowcount:
             return True
+        self._db.execute(
+            "DELETE FROM refused WHERE stream IN (?, ?)"
+            " AND place = (SELECT seq FROM requests WHERE request_id = ? AND revision < ?)",
+            (RECORDS_MARK, ALLOWED_MARK, entry.request_id, entry.revision),
+        )
         gone = self._db.execute(
             "DELETE FROM requests WHERE request_id = ? AND revision < ?", (entry.request_id, entry.revision)
         ).rowcount
@@ -173,6 +200,10 @@ class Spool:
             changes.marks.items(),
         )
         self._db.executemany("INSERT OR IGNORE INTO policies VALUES (?, ?)", changes.policies)
+        self._db.executemany("DELETE FROM refused WHERE stream = ? AND place = ?", changes.offered_again)
+        self._db.executemany(
+            "INSERT OR REPLACE INTO refused VALUES (?, ?, ?)", ((r.stream, r.place, r.reason) for r in changes.refused)
+        )
 
     def _count(self, fresh: Sequence[Entry]) -> None:
         records = [entry for entry in fresh if entry.record is not None]
@@ -210,17 +241,19 @@ class Spool:
         return not self._db.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()[0]
 
     def prune(self, *, before_us: int) -> int:
-        """Remove some of what is older, was handed on and is settled; how much."""
+        """Remove some of what is older, was handed on and is settled; how much. What was refused stays."""
         delivered = min(int(self.mark(mark, 0)) for mark in (RECORDS_MARK, ALLOWED_MARK))
         told = int(self.mark(EVENTS_MARK, 0))
         removed = self._db.execute(
             "DELETE FROM requests WHERE seq IN (SELECT seq FROM requests"
-            " WHERE started_us < ? AND seq <= ? AND settled = 1 LIMIT ?)",
-            (before_us, delivered, PRUNED_AT_ONCE),
+            " WHERE started_us < ? AND seq <= ? AND settled = 1"
+            " AND seq NOT IN (SELECT place FROM refused WHERE stream IN (?, ?)) LIMIT ?)",
+            (before_us, delivered, RECORDS_MARK, ALLOWED_MARK, PRUNED_AT_ONCE),
         ).rowcount
         removed += self._db.execute(
-            "DELETE FROM events WHERE seq IN (SELECT seq FROM events WHERE created_us < ? AND seq <= ? LIMIT ?)",
-            (before_us, told, PRUNED_AT_ONCE),
+            "DELETE FROM events WHERE seq IN (SELECT seq FROM events WHERE created_us < ? AND seq <= ?"
+            " AND seq NOT IN (SELECT place FROM refused WHERE stream = ?) LIMIT ?)",
+            (before_us, told, EVENTS_MARK, PRUNED_AT_ONCE),
         ).rowcount
         removed += self._db.execute(
             "DELETE FROM attempts WHERE started_us IN (SELECT started_us FROM attempts WHERE started_us < ? LIMIT ?)",
@@ -228,6 +261,8 @@ class Spool:
         ).rowcount
         if removed:
             self._db.execute("PRAGMA incremental_vacuum(200)").fetchall()
+        else:
+            removed += self._db.execute(_PRUNE_POLICIES, {"now": self.mark(POLICY_MARK, "")}).rowcount
         return removed
 
 

@@ -30,6 +30,7 @@ COUNTS = Counts(
     records=9,
     estimates=0,
     delivered=6,
+    refused=0,
     waiting=3,
     oldest_waiting_s=4.0,
     unsettled=0,

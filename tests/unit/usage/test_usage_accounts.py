@@ -16,7 +16,7 @@ from usage.archive import Archive
 from usage.delivery import count_mark
 from usage.entries import entry_of
 from usage.reconcile import EnvoyCount
-from usage.spool import RECORDS_MARK, Changes, Spool
+from usage.spool import RECORDS_MARK, Changes, Refusal, Spool
 from usage.sums import PART, sum_records
 
 QUIET = Counts(
@@ -28,6 +28,7 @@ QUIET = Counts(
     records=8,
     estimates=0,
     delivered=8,
+    refused=0,
     waiting=0,
     oldest_waiting_s=0.0,
     unsettled=0,
@@ -58,6 +59,7 @@ def test_nothing_is_explained_where_nothing_differs() -> None:
         ({"records": 7, "delivered": 7}, {"WITHOUT_RECORD": 1}),
         ({"records": 10, "estimates": 2, "delivered": 9}, {"ESTIMATES": 2, "REPLACED": 1}),
         ({"delivered": 5, "waiting": 3}, {"WAITING": 3}),
+        ({"delivered": 5, "refused": 3}, {"REFUSED": 3}),
         ({"delivered": 9}, {"DELIVERED_TWICE": 1}),
         ({"unsettled": 4}, {"UNSETTLED": 4}),
         ({"open": 4}, {"OPEN": 4}),
@@ -94,6 +96,7 @@ async def test_counts_are_looked_up_afresh(kept: tuple[Spool, Archive]) -> None:
     spool.write(Changes(entries=[estimate, an_entry("r-2"), an_entry("r-3", record=None, settlement=None)]))
     spool.write(Changes(entries=[an_entry("r-1"), an_entry("r-2")], tallies=Counter(forwarded=2, refused=1)))
     spool.write(Changes(marks={RECORDS_MARK: 2, count_mark(RECORDS_MARK): 2}))
+    spool.write(Changes(refused=[Refusal(stream=RECORDS_MARK, place=2, reason="NO")]))
 
     async def four() -> int | None:
         return 4
@@ -114,6 +117,7 @@ async def test_counts_are_looked_up_afresh(kept: tuple[Spool, Archive]) -> None:
         records=3,
         estimates=1,
         delivered=2,
+        refused=1,
         waiting=1,
         oldest_waiting_s=7.0,
         unsettled=2,

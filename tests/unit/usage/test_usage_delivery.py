@@ -14,7 +14,7 @@ import pytest
 from gateway.telemetry import get_logger
 from tests.unit.usage.usage_builders import START_S, a_spool, an_entry, an_event, metrics, until, value
 from usage.archive import Archive
-from usage.delivery import EVENTS_TOPIC, RECORDS_TOPIC, Delivery
+from usage.delivery import EVENTS_TOPIC, RECORDS_TOPIC, Delivery, count_mark
 from usage.metrics import LedgerMetrics
 from usage.outlet import BATCH_MAX, Message, Refused
 from usage.spool import ALLOWED_MARK, EVENTS_MARK, RECORDS_MARK, Changes, Entry, Spool
@@ -77,6 +77,14 @@ class Ledger:
     async def mark(self, name: str) -> int:
         await self.writer.write(Changes())
         return int(await self.archive.mark(name, 0))
+
+    async def prune(self, **places: int) -> int:
+        """Remove what may be removed, once streams are marked as handed on up to these places; how much."""
+        async with asyncio.timeout(20):
+            for name, place in places.items():
+                while await self.mark(name) < place:
+                    await asyncio.sleep(0)
+        return await self.writer.call(lambda: self.spool.prune(before_us=2**60))
 
 
 @pytest.fixture
@@ -258,6 +266,73 @@ async def test_topic_that_is_refused_keeps_its_messages_and_does_not_hold_up_oth
         await until(lambda: outlet.ids == ids(1, 2))
 
 
+async def test_what_was_refused_is_offered_again_after_a_start_and_until_then_kept(
+    tmp_path: Path, outlets: dict[str, FakeOutlet], counted: LedgerMetrics
+) -> None:
+    outlet = outlets[RECORDS_MARK]
+    outlet.refused = set(ids(0, 3, 4))
+    async with running(tmp_path, outlets, counted) as ledger:
+        await ledger.write(records(*range(6)))
+        await until(lambda: ledger.delivery.refused == value(counted.refused) == 3)
+        assert await ledger.prune(**{RECORDS_MARK: 6, ALLOWED_MARK: 6}) == 0  # not settled
+        await ledger.write(Changes(settled=records(*range(6)).entries))
+        assert await ledger.prune() == 3
+    outlet.refused = set(ids(4))
+    async with running(tmp_path, outlets, counted) as ledger:
+        await until(lambda: outlet.ids == ids(1, 2, 5, 0, 3) and ledger.delivery.refused == 1)
+        assert await ledger.mark(count_mark(RECORDS_MARK)) == 5
+        await ledger.write(records(7))
+        await until(lambda: outlet.ids == ids(1, 2, 5, 0, 3, 7))
+    outlet.refused = set()
+    async with running(tmp_path, outlets, counted) as ledger:
+        await until(lambda: outlet.ids == ids(1, 2, 5, 0, 3, 7, 4) and ledger.delivery.refused == 0)
+        assert await ledger.mark(count_mark(RECORDS_MARK)) == 7
+        assert await ledger.mark(RECORDS_MARK) == 7
+
+
+async def test_what_was_refused_waits_for_an_outlet_that_is_down(
+    tmp_path: Path, outlets: dict[str, FakeOutlet], counted: LedgerMetrics
+) -> None:
+    outlet = outlets[RECORDS_MARK]
+    outlet.refused = set(ids(0, 1))
+    async with running(tmp_path, outlets, counted) as ledger:
+        await ledger.write(records(0, 1))
+        await until(lambda: ledger.delivery.refused == 2)
+    outlet.refused, outlet.room = set(), 1
+    async with running(tmp_path, outlets, counted) as ledger:
+        await until(lambda: outlet.ids == ids(0) and ledger.delivery.refused == 1)
+        outlet.room = 10
+        await until(lambda: outlet.ids == ids(0, 1) and ledger.delivery.refused == 0)
+
+
+async def test_estimate_that_was_refused_is_forgotten_once_another_has_its_place(
+    tmp_path: Path, outlets: dict[str, FakeOutlet], counted: LedgerMetrics
+) -> None:
+    outlet = outlets[RECORDS_MARK]
+    outlet.refused = set(ids(1))
+    async with running(tmp_path, outlets, counted) as ledger:
+        await ledger.write(Changes(entries=[a_record(1, revision=0)]))
+        await until(lambda: ledger.delivery.refused == 1)
+        outlet.refused = set()
+        await ledger.write(records(1))
+        await until(lambda: outlet.ids == ids(1) and ledger.delivery.refused == 0)
+
+
+async def test_event_that_was_refused_is_kept_and_offered_again(
+    tmp_path: Path, outlets: dict[str, FakeOutlet], counted: LedgerMetrics
+) -> None:
+    outlet = outlets[EVENTS_MARK]
+    outlet.refused = {"e-1"}
+    async with running(tmp_path, outlets, counted) as ledger:
+        await ledger.write(Changes(events=[an_event()]))
+        await until(lambda: value(counted.undeliverable) == 1)
+        assert await ledger.prune(**{EVENTS_MARK: 1}) == 0
+    outlet.refused = set()
+    async with running(tmp_path, outlets, counted) as ledger:
+        await until(lambda: outlet.ids == ["e-1"])
+        assert await ledger.prune() == 1
+
+
 # --- What cannot be read.
 
 
@@ -271,6 +346,9 @@ async def test_record_that_is_none_any_more_does_not_hold_up_the_others(
         await until(lambda: outlets[RECORDS_MARK].ids == ids(1, 4))
         await until(lambda: outlets[ALLOWED_MARK].ids == ["r-1:allowed", "r-4:allowed"])
         assert await ledger.mark(RECORDS_MARK) == 4
+        assert [await ledger.archive.refusal(RECORDS_MARK, place) for place in (1, 2, 3)] == [
+            *(None, "UNREADABLE", "UNREADABLE")
+        ]
     assert value(counted.undeliverable) == 4
 
 

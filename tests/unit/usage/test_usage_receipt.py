@@ -28,7 +28,7 @@ from usage.archive import Archive
 from usage.audit_app import Receipts, Sources
 from usage.entries import entry_of, estimate_of
 from usage.record import record_id
-from usage.spool import RECORDS_MARK, Changes, Entry, Spool
+from usage.spool import RECORDS_MARK, Changes, Entry, Refusal, Spool
 
 POLICY = """
 backends:
@@ -171,6 +171,8 @@ async def test_settlement_and_delivery_are_told_once_they_are_done(asked: Asked)
     asked.write(settled=[entry], marks={RECORDS_MARK: 1})
     found = await asked.find()
     assert (found["settlement"]["state"], found["delivery"]["state"]) == ("SETTLED", "DELIVERED")
+    asked.write(refused=[Refusal(stream=RECORDS_MARK, place=1, reason="MSG_SIZE_TOO_LARGE")])
+    assert (await asked.find())["delivery"]["state"] == "REFUSED"
 
 
 async def test_failed_attempts_come_before_the_one_that_answered(asked: Asked) -> None:

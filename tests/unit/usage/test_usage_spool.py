@@ -11,8 +11,9 @@ from typing import Any
 
 import pytest
 
+from gateway.audit import AuditAction
 from tests.unit.usage.usage_builders import START_S, a_settlement, a_spool, an_attempt, an_entry, an_event
-from usage.spool import ALLOWED_MARK, EVENTS_MARK, EXPIRE, RECORDS_MARK, Changes, Spool
+from usage.spool import ALLOWED_MARK, EVENTS_MARK, EXPIRE, POLICY_MARK, RECORDS_MARK, Changes, Refusal, Spool
 
 US = START_S * 1_000_000
 
@@ -154,7 +155,7 @@ def test_settled_estimate_does_not_settle_what_took_its_place(spool: Spool) -> N
 # --- What is removed, and what never is.
 
 
-def delivered(spool: Spool, **places: int) -> None:
+def delivered(spool: Spool, **places: int | str) -> None:
     marks: dict[str, int | str] = {RECORDS_MARK: 9, ALLOWED_MARK: 9, EVENTS_MARK: 9}
     spool.write(Changes(marks=marks | places))
 
@@ -190,6 +191,39 @@ def test_what_was_not_settled_is_never_removed(spool: Spool) -> None:
     delivered(spool)
     assert spool.prune(before_us=2**60) == 1
     assert ids(spool) == ["r-1"]
+
+
+def test_policy_is_removed_once_the_event_of_its_end_is(spool: Spool) -> None:
+    """No request is kept longer that began under it."""
+    documents = [(digest, "{}") for digest in ("p-1", "p-2", "p-3")]
+    changes = [("p-1", ""), ("p-2", "p-1"), ("p-3", "p-2")]
+    events = [
+        an_event(
+            f"e-{number}",
+            action=AuditAction.POLICY_UPDATE,
+            created_at=START_S + number,
+            metadata={"policy_version": digest, "policy_before": before},
+        )
+        for number, (digest, before) in enumerate(changes)
+    ]
+    spool.write(Changes(policies=documents, events=events))
+    delivered(spool, **{POLICY_MARK: "p-3"})
+    left = []
+    for second in range(4):
+        while spool.prune(before_us=US + second * 1_000_000 + 1):
+            pass
+        left.append([digest for digest, _ in rows(spool, "policies")])
+    assert left == [["p-1", "p-2", "p-3"], ["p-2", "p-3"], ["p-3"], ["p-3"]]
+
+
+@pytest.mark.parametrize(("stream", "kept"), [(RECORDS_MARK, True), (ALLOWED_MARK, True), (EVENTS_MARK, False)])
+def test_what_was_refused_is_never_removed(spool: Spool, stream: str, kept: bool) -> None:
+    entry = an_entry("r-1", settlement=None)
+    spool.write(Changes(entries=[entry], refused=[Refusal(stream=stream, place=1, reason="NO")]))
+    delivered(spool)
+    assert spool.prune(before_us=2**60) == (not kept)
+    spool.write(Changes(offered_again=[(stream, 1)]))
+    assert spool.prune(before_us=2**60) == kept
 
 
 def test_places_are_never_used_again(spool: Spool) -> None:
