@@ -10,7 +10,7 @@ import json
 import sqlite3
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Final, Literal
 
@@ -38,8 +38,17 @@ RECORDS_COUNT: Final = "records_written"
 ESTIMATES_COUNT: Final = "estimates_written"
 """Marks of how many records have ever been written, and how many of them to stand for requests that nobody had told the
 end of. Each of these may be followed by one that tells."""
+RECOVERING_MARK: Final = "recovering"
+"""1 from when the spool was found to have lost something until the journal has been read to its end."""
 POLICY_MARK: Final = "policy"
 """Digest of the policy in force."""
+_PRUNE_REQUESTS: Final = """DELETE FROM requests WHERE seq IN (
+SELECT seq FROM requests INDEXED BY requests_started WHERE started_us < ? AND +seq <= ? AND settled = 1
+AND seq NOT IN (SELECT place FROM refused WHERE stream IN (?, ?)) LIMIT ?)"""
+_PRUNE_EVENTS: Final = """DELETE FROM events WHERE seq IN (
+SELECT seq FROM events INDEXED BY events_created WHERE created_us < ? AND +seq <= ?
+AND seq NOT IN (SELECT place FROM refused WHERE stream = ?) LIMIT ?)"""
+"""By time: what is young is most of it, and not looked at."""
 _PRUNE_POLICIES: Final = """DELETE FROM policies WHERE digest <> :now AND digest NOT IN (
 SELECT json_extract(metadata, '$.policy_version') FROM events
 WHERE action = 'POLICY_UPDATE' AND action <> 'REQUEST_DENIED' AND json_valid(metadata)
@@ -48,6 +57,7 @@ WHERE action = 'POLICY_UPDATE' AND action <> 'REQUEST_DENIED' AND json_valid(met
 """Of a policy the event of its end is kept as long as any request that began under it."""
 _DAMAGE: Final = frozenset({sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB})
 PRUNED_AT_ONCE: Final = 2000
+BUSY_MS: Final = 5000
 EXPIRE: Final = "expire"
 """In the place of a settlement: close the open entry with what was reserved."""
 
@@ -144,7 +154,7 @@ class Spool:
         """Write everything, or nothing; which entries were not there before."""
         self._db.execute("BEGIN IMMEDIATE")
         try:
-            fresh = [entry for entry in changes.entries if self._put(entry)]
+            fresh = [put for entry in changes.entries if (put := self._put(entry)) is not None]
             self._put_others(changes)
             self._count(fresh)
             self._db.execute("COMMIT")
@@ -154,19 +164,31 @@ class Spool:
             raise
         return fresh
 
-    def _put(self, entry: Entry) -> bool:
-        row = _row(entry)
-        if self._db.execute(_INSERT, row).rowcount:
-            return True
+    def _put(self, entry: Entry) -> Entry | None:
+        """The entry as it is written; None where one is there already that stands."""
+        if self._db.execute(_INSERT, _row(entry)).rowcount:
+            return entry
+        if not entry.revision:  # it is overdue in the limit store, whatever was settled there: that has been lost
+            self._db.execute(
+                "UPDATE requests SET settled = 0 WHERE request_id = ? AND settled = 1", (entry.request_id,)
+            )
+            return None
+        old = self._db.execute(
+            "SELECT seq, tried_s FROM requests WHERE request_id = ? AND revision < ?",
+            (entry.request_id, entry.revision),
+        ).fetchone()
+        if old is None:
+            return None
+        place, tried_s = old
+        if tried_s is not None:
+            # Once the store has forgotten that it was charged what was reserved, it is not to be charged again.
+            entry = replace(entry, tried_s=tried_s)
         self._db.execute(
-            "DELETE FROM refused WHERE stream IN (?, ?)"
-            " AND place = (SELECT seq FROM requests WHERE request_id = ? AND revision < ?)",
-            (RECORDS_MARK, ALLOWED_MARK, entry.request_id, entry.revision),
+            "DELETE FROM refused WHERE stream IN (?, ?) AND place = ?", (RECORDS_MARK, ALLOWED_MARK, place)
         )
-        gone = self._db.execute(
-            "DELETE FROM requests WHERE request_id = ? AND revision < ?", (entry.request_id, entry.revision)
-        ).rowcount
-        return bool(gone and self._db.execute(_INSERT, row).rowcount)
+        self._db.execute("DELETE FROM requests WHERE seq = ?", (place,))
+        self._db.execute(_INSERT, _row(entry))
+        return entry
 
     def _put_others(self, changes: Changes) -> None:
         self._db.executemany(
@@ -238,23 +260,20 @@ class Spool:
 
     def checkpoint(self) -> bool:
         """Fold the whole log into the file, so that nothing hangs on the log; False: somebody still reads it."""
-        return not self._db.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()[0]
+        self._db.execute("PRAGMA busy_timeout = 0")  # whoever writes waits for nobody who reads
+        try:
+            return not self._db.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()[0]
+        finally:
+            self._db.execute(f"PRAGMA busy_timeout = {BUSY_MS}")
 
     def prune(self, *, before_us: int) -> int:
         """Remove some of what is older, was handed on and is settled; how much. What was refused stays."""
         delivered = min(int(self.mark(mark, 0)) for mark in (RECORDS_MARK, ALLOWED_MARK))
         told = int(self.mark(EVENTS_MARK, 0))
         removed = self._db.execute(
-            "DELETE FROM requests WHERE seq IN (SELECT seq FROM requests"
-            " WHERE started_us < ? AND seq <= ? AND settled = 1"
-            " AND seq NOT IN (SELECT place FROM refused WHERE stream IN (?, ?)) LIMIT ?)",
-            (before_us, delivered, RECORDS_MARK, ALLOWED_MARK, PRUNED_AT_ONCE),
+            _PRUNE_REQUESTS, (before_us, delivered, RECORDS_MARK, ALLOWED_MARK, PRUNED_AT_ONCE)
         ).rowcount
-        removed += self._db.execute(
-            "DELETE FROM events WHERE seq IN (SELECT seq FROM events WHERE created_us < ? AND seq <= ?"
-            " AND seq NOT IN (SELECT place FROM refused WHERE stream = ?) LIMIT ?)",
-            (before_us, told, EVENTS_MARK, PRUNED_AT_ONCE),
-        ).rowcount
+        removed += self._db.execute(_PRUNE_EVENTS, (before_us, told, EVENTS_MARK, PRUNED_AT_ONCE)).rowcount
         removed += self._db.execute(
             "DELETE FROM attempts WHERE started_us IN (SELECT started_us FROM attempts WHERE started_us < ? LIMIT ?)",
             (before_us, PRUNED_AT_ONCE),
