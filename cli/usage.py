@@ -61,7 +61,7 @@ def _print_counts(counts: Mapping[str, Any]) -> None:
     kinds = ", ".join(f"{count:,} {kind}" for kind, count in sorted(counts["kinds"].items()))
     for name, value in (
         ("completed by this Envoy", counts["completed"]),
-        ("of these in the journal", counts["journaled"]),
+        ("of these known to the ledger", counts["known"]),
         ("running", counts["running"]),
         ("records written, ever", counts["records"]),
         ("records delivered, ever", counts["delivered"]),

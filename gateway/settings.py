@@ -153,7 +153,9 @@ class UsageSettings(StoreSettings):
     usage_retention_days: Annotated[float, Field(gt=0)] = 30.0
     """How long requests, audit events and JSONL files are kept after they were handed on."""
     usage_backlog_max: Annotated[int, Field(ge=1000)] = 14_400_000
-    """Requests that may wait to be handed on: 24 hours at 10,000 a minute. More are left in Envoy's journal."""
+    """Requests that the disk has room for while they cannot be handed on: 24 hours at 10,000 a minute, some 30 GB.
+    More make readiness warn; none is refused or lost for it as long as there is room.
+    """
     usage_late_warning_s: Annotated[float, Field(gt=0)] = 300.0
     """When the oldest request that was not handed on makes readiness warn."""
     kafka_brokers: str = ""

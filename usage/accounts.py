@@ -24,14 +24,14 @@ ORGANIZATIONS_AT_ONCE: Final = 50
 class Counts:
     """Everything that is counted. None: whoever knows does not answer, or there is nobody who knows.
 
-    ``completed`` and ``journaled`` are of the Envoy that runs, ``unaccounted`` of those the ones that should have been
-    in the journal by now; ``kinds`` and the records are of all time. ``open`` entries are the limit store's,
+    ``completed`` and ``known`` are of the Envoy that runs, ``unaccounted`` of those the ones that should have been told
+    of by now; ``kinds`` and the records are of all time. ``open`` entries are the limit store's,
     ``unsettled`` requests are written down and not settled, ``malformed`` messages came since the ledger's start.
     """
 
     completed: int | None
     running: int | None
-    journaled: int | None
+    known: int | None
     unaccounted: int | None
     kinds: dict[str, int]
     records: int
@@ -52,18 +52,16 @@ class Counts:
 def differences(counts: Counts) -> Iterator[dict[str, Any]]:
     """A difference and its reason each: ``requests`` how many, ``reason`` a word for programs, ``text`` for people."""
     late, lost = 0, counts.unaccounted or 0
-    if counts.completed is None or counts.journaled is None:
+    if counts.completed is None or counts.known is None:
         yield {"reason": "ENVOY_UNKNOWN", "requests": 0, "text": "Envoy's admin interface does not answer."}
     else:
-        late = counts.completed - counts.journaled - lost
-    ahead = counts.records - counts.estimates - sum(counts.kinds.get(kind, 0) for kind in BILLED)
+        late = counts.completed - counts.known - lost
+    without = sum(counts.kinds.get(kind, 0) for kind in BILLED) - counts.records + counts.estimates
     left = counts.records - counts.delivered - counts.refused - counts.waiting
     for reason, requests, text in (
-        ("NOT_WRITTEN_YET", late, f"completed, but not in the journal yet: Envoy takes up to {LAG_S:.0f} s"),
-        ("ENVOY_REPLACED", -late, "in the journal, but of an Envoy that has been replaced since"),
-        ("UNACCOUNTED", lost, "completed, and nowhere in the journal: they are lost"),
-        ("TOLD_BY_GRPC", ahead, "have a record already, and are still to be read in the journal"),
-        ("WITHOUT_RECORD", -ahead, "are in the journal, and no record could be made of them: the log says why"),
+        ("NOT_TOLD_YET", late, f"completed, and not told of yet: Envoy may take up to {LAG_S:.0f} s"),
+        ("UNACCOUNTED", lost, "completed, and nobody has told of them: they are lost"),
+        ("WITHOUT_RECORD", without, "were told of, and no record could be made of them: the log says why"),
         ("ESTIMATES", counts.estimates, "records stand for requests that were closed because they were overdue"),
         ("REFUSED", counts.refused, "records could not be handed on: the log says why; they are offered at each start"),
         ("WAITING", counts.waiting, f"records wait to be delivered, the oldest for {counts.oldest_waiting_s:.0f} s"),
@@ -83,7 +81,7 @@ class Comparing(Protocol):
     unaccounted: int | None
 
     async def compare(self) -> tuple[EnvoyCount, int] | None:
-        """Envoy's count and the journal's of the same Envoy; None where Envoy does not answer."""
+        """Envoy's count and the ledger's of the same Envoy; None where Envoy does not answer."""
         ...
 
 
@@ -109,9 +107,9 @@ class Accounts:
         at = int(marks.get(RECORDS_MARK, 0))
         waiting, unsettled = await self.archive.call(lambda db: _left(db, after=at))
         return Counts(
-            completed=None if compared is None else compared[0].completed,
+            completed=None if compared is None else compared[0].ended,
             running=None if compared is None else compared[0].running,
-            journaled=None if compared is None else compared[1],
+            known=None if compared is None else compared[1],
             unaccounted=None if compared is None else self.reconciliation.unaccounted,
             kinds=kinds,
             records=int(marks.get(RECORDS_COUNT, 0)),

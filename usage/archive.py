@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import sqlite3
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -11,7 +12,7 @@ from pathlib import Path
 from typing import Any, Final, NamedTuple, TypeVar
 
 from usage.json_text import from_json
-from usage.spool import is_damage
+from usage.spool import ENDED_MARK, MOMENT_US, is_damage
 
 T = TypeVar("T")
 
@@ -118,14 +119,45 @@ class Archive:
         return await self.call(lambda db: [_event(row) for row in db.execute(query, asked)])
 
     async def backlog(self, *, after: int) -> tuple[int, int | None]:
-        """How many requests are not handed on, at most, and when the oldest of them began (unix microseconds)."""
+        """How many requests are not handed on, at most, and when the oldest of them ended (unix microseconds)."""
 
         def look(db: sqlite3.Connection) -> tuple[int, int | None]:
             [(last,)] = db.execute("SELECT max(seq) FROM requests")
             oldest = db.execute(
-                "SELECT started_us FROM requests WHERE seq > ? ORDER BY seq LIMIT 1", (after,)
+                "SELECT started_us + 1000 * CASE WHEN json_valid(told)"
+                " THEN coalesce(json_extract(told, '$.duration_ms'), 0) ELSE 0 END"
+                " FROM requests WHERE seq > ? ORDER BY seq LIMIT 1",
+                (after,),
             ).fetchone()
             return (0, None) if oldest is None else (last - after, oldest[0])
+
+        return await self.call(look)
+
+    async def known(self, envoy_started_us: int, *, until_us: int) -> int | None:
+        """How many requests of the running Envoy are known that had ended by then; None: nothing is compared yet."""
+
+        def look(db: sqlite3.Connection) -> int | None:
+            row = db.execute("SELECT value FROM marks WHERE name = ?", (ENDED_MARK,)).fetchone()
+            if row is None:
+                return None
+            started_us, before = json.loads(row[0])
+            [(since,)] = db.execute(
+                "SELECT coalesce(sum(requests), 0) FROM ended WHERE moment BETWEEN ? AND ?",
+                (envoy_started_us // MOMENT_US, until_us // MOMENT_US),
+            )
+            return int(since + (before if started_us == envoy_started_us else 0))
+
+        return await self.call(look)
+
+    async def ended(self, *, since_us: int, until_us: int) -> int:
+        """How many requests are known that ended between two moments, as far as that is not folded."""
+
+        def look(db: sqlite3.Connection) -> int:
+            [(count,)] = db.execute(
+                "SELECT coalesce(sum(requests), 0) FROM ended WHERE moment BETWEEN ? AND ?",
+                (since_us // MOMENT_US, until_us // MOMENT_US),
+            )
+            return int(count)
 
         return await self.call(look)
 

@@ -21,7 +21,7 @@ from gateway.telemetry import Logger
 from usage.archive import Archive, KeptEvent, Outgoing
 from usage.json_text import from_json, json_text
 from usage.metrics import LedgerMetrics
-from usage.outlet import BATCH_MAX, Message, Outlet, Refused
+from usage.outlet import BATCH_MAX, Message, Outlet, Refused, record_message_id
 from usage.record import MICRO, iso
 from usage.spool import ALLOWED_MARK, EVENTS_MARK, RECORDS_MARK, Changes, Refusal
 from usage.writer import Writer
@@ -229,7 +229,10 @@ def _record_message(request: Outgoing) -> Message | None:
         return None
     fields = from_json(request.record)
     return Message(
-        id=fields["record_id"], topic=RECORDS_TOPIC, key=request.organization_id, value=request.record.encode()
+        id=record_message_id(fields["record_id"], fields["revision"]),
+        topic=RECORDS_TOPIC,
+        key=request.organization_id,
+        value=request.record.encode(),
     )
 
 
@@ -253,8 +256,10 @@ _ABOUT: Final = ("model", "backend_id", "decision_reason", "status", "policy_ver
 
 def allowed_event(request: Outgoing, record: Mapping[str, Any]) -> dict[str, Any]:
     """The audit event of a request that was let through, made of its record."""
+    # An estimate is followed by another event, which is not to be taken for the same one.
+    estimated = "" if record["revision"] else ":estimated"
     return {
-        "event_id": f"{request.request_id}:allowed",
+        "event_id": f"{request.request_id}:allowed{estimated}",
         "request_id": request.request_id,
         "organization_id": request.organization_id,
         "actor": record["api_key_id"],

@@ -40,6 +40,7 @@ def entry_of(finished: Finished, *, tried_s: int | None = None) -> Entry | None:
         told=json_text(_told(finished)),
         settlement=settlement,
         tried_s=tried_s,
+        ended_us=finished.ended_us,
     )
 
 

@@ -91,6 +91,11 @@ class Finished:
     client_request_id: str
     labels: str
 
+    @property
+    def ended_us(self) -> int:
+        """When it ended, in unix microseconds."""
+        return self.started_us + 1000 * self.duration_ms
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FailedAttempt:

@@ -10,9 +10,11 @@ from typing import Final
 import httpx
 
 from gateway.telemetry import Logger
-from usage.intake import Intake
+from usage.intake import UNHEARD_S, Intake
 from usage.journal_file import JournalFile
 from usage.metrics import LedgerMetrics
+from usage.record import MICRO
+from usage.spool import RECOVERING_MARK, Changes
 from usage.writer import Writer
 
 POLL_S: Final = 0.2
@@ -22,7 +24,7 @@ UNWRITTEN_MAX: Final = 8
 
 
 class JournalFollower:
-    """See above. ``reopen`` tells Envoy to open its log files anew; while ``is_full`` holds nothing is taken."""
+    """See above. ``reopen`` tells Envoy to open its log files anew. ``clock_s`` is unix seconds."""
 
     def __init__(
         self,
@@ -31,7 +33,7 @@ class JournalFollower:
         writer: Writer,
         *,
         reopen: Callable[[], Awaitable[None]],
-        is_full: Callable[[], bool],
+        clock_s: Callable[[], float],
         metrics: LedgerMetrics,
         log: Logger,
         poll_s: float = POLL_S,
@@ -40,7 +42,7 @@ class JournalFollower:
         self._intake = intake
         self._writer = writer
         self._reopen = reopen
-        self._is_full = is_full
+        self._clock_s = clock_s
         self._metrics = metrics
         self._log = log
         self._poll_s = poll_s
@@ -65,18 +67,17 @@ class JournalFollower:
     async def _step(self) -> bool:
         """Whether there may be more."""
         self._metrics.journal_unread_bytes.set(self._journal.unread_bytes)
-        if self._is_full():
-            self.caught_up.clear()
-            return False
         lines = self._journal.read()
         if lines:
-            position, counted = self._journal.position.written(), self._journal.was_counted
-            self._unwritten.append(await self._intake.take_journal(lines, position, counted=counted))
+            self._unwritten.append(await self._intake.take_journal(lines, self._journal.position.written()))
             await self._written(UNWRITTEN_MAX)
             await asyncio.sleep(0)  # others are to be heard between two parts
             return True
         await self._written(0)
-        self.caught_up.set()
+        self._intake.forget(int((self._clock_s() - UNHEARD_S) * MICRO))
+        if not self.caught_up.is_set():
+            self._writer.insist(Changes(marks={RECOVERING_MARK: 0}))
+            self.caught_up.set()
         if self._journal.has_old:
             # What was in it is in the spool's file, and not only in the log that a crash could cut.
             await self._writer.write_through()

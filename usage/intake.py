@@ -1,7 +1,7 @@
 """What Envoy tells, twice: at once by gRPC, and in the journal. Each request is taken once.
 
-The journal has every request, and it alone is counted: a line is read once. By the time it is, most requests are known
-already, and nothing but their kind has to be remembered for the count.
+By the time the journal's line of a request is read, most requests are known already, and only those have to be counted
+that are not kept: of them nobody knows later whether they were.
 """
 
 from __future__ import annotations
@@ -18,13 +18,14 @@ from usage.entries import entry_of
 from usage.finished import FailedAttempt, Finished, Malformed
 from usage.journal import decode_line, is_attempt, request_id_of
 from usage.metrics import LedgerMetrics
-from usage.reconcile import Seen
 from usage.record import MICRO, Kind, kind_of
-from usage.spool import COUNTED_MARK, JOURNAL_MARK, SEEN_MARK, Changes
+from usage.spool import JOURNAL_MARK, Changes
 from usage.writer import Writer
 
 KNOWN_MAX: Final = 100_000
 """Requests told of by gRPC that the journal has not told of yet."""
+UNHEARD_S: Final = 60
+"""What gRPC has told of and the journal not so long after its end is not in the journal: Envoy could not write."""
 AHEAD_MAX: Final = 10_000
 """Requests of the journal that gRPC has not told of; of most it will not."""
 
@@ -38,7 +39,6 @@ class Intake:
         *,
         tried_s: Callable[[], int | None],
         running: Callable[[Sequence[Running]], None],
-        seen: Seen,
         metrics: LedgerMetrics,
         log: Logger,
         recovered: bool = False,
@@ -51,7 +51,6 @@ class Intake:
             writer: takes what is to be written.
             tried_s: unix second at which the limit store may be told of what is written now; None: it is down.
             running: is told of signs of life.
-            seen: counts the requests that the journal tells of.
             metrics: counts.
             log: is told of what cannot be used.
             recovered: the spool is not what it was, so the limit store may know of requests that the spool does not.
@@ -61,7 +60,6 @@ class Intake:
         self._writer = writer
         self._tried_s = tried_s
         self._running = running
-        self._seen = seen
         self._metrics = metrics
         self._log = log
         self._recovered = recovered
@@ -84,8 +82,8 @@ class Intake:
         for ended in batch.finished:
             if ended.request_id in self._ahead:
                 del self._ahead[ended.request_id]
-            elif self._add(changes, ended, tried_s):
-                known[ended.request_id] = (kind_of(ended), ended.started_us // MICRO)
+            elif ended.request_id and self._add(changes, ended, tried_s):
+                known[ended.request_id] = (kind_of(ended), ended.ended_us)
         if (changes.entries or changes.attempts) and not self._writer.offer(changes):
             self._metrics.dropped.inc(len(changes.entries))
             known = {}
@@ -94,49 +92,51 @@ class Intake:
         if batch.running:
             self._running(batch.running)
 
-    async def take_journal(
-        self, lines: Sequence[bytes], position: str, *, counted: bool = False
-    ) -> asyncio.Future[None]:
+    async def take_journal(self, lines: Sequence[bytes], position: str) -> asyncio.Future[None]:
         """Take lines of the journal; with them it is written down that it has been read up to ``position``.
-
-        Args:
-            lines: whole lines, in order.
-            position: of the end of the last.
-            counted: they have been counted before, and are read again because the spool was damaged.
 
         Returns:
             Done when that is on the disk.
         """
-        changes, tried_s = Changes(), self._tried_s()
+        changes, tried_s = Changes(marks={JOURNAL_MARK: position}), self._tried_s()
         for line in lines:
-            if (known := self._take_line(changes, line, tried_s)) is not None and not counted:
-                kind, started_s = known
-                changes.tallies[kind] += 1
-                self._seen.add(started_s)
+            self._take_line(changes, line, tried_s)
         _keep_newest(self._ahead, AHEAD_MAX)
-        changes.marks = {JOURNAL_MARK: position}
-        if not counted:
-            changes.marks |= {COUNTED_MARK: position, SEEN_MARK: self._seen.written()}
         return await self._writer.begin(changes)
 
-    def _take_line(self, changes: Changes, line: bytes, tried_s: int | None) -> tuple[Kind, int] | None:
-        """Kind and second of a request that has ended; None: the line tells of none."""
+    def forget(self, before_us: int) -> None:
+        """Wait no longer for lines of requests that had ended by then; all that the journal has was read."""
+        changes = Changes()
+        while self._known:
+            request_id, (kind, ended_us) = next(iter(self._known.items()))
+            if ended_us >= before_us:
+                break
+            del self._known[request_id]
+            if kind == "anonymous":
+                changes.anonymous.append(ended_us)
+        if changes.anonymous:
+            self._writer.insist(changes)
+
+    def _take_line(self, changes: Changes, line: bytes, tried_s: int | None) -> None:
         known = None if is_attempt(line) else self._known.pop(request_id_of(line), None)
         if known is None:
             try:
                 told = decode_line(line)
             except Malformed as error:
                 self._malformed(f"{error}: {line[:200]!r}")
-                return None
+                return
             if isinstance(told, FailedAttempt):
                 changes.attempts.append(told)
-                return None
-            known = (kind_of(told), told.started_us // MICRO)
+                return
+            known = kind_of(told), told.ended_us
             if self._recovered:
-                tried_s = (told.started_us + 1000 * told.duration_ms) // MICRO
+                tried_s = told.ended_us // MICRO
             self._add(changes, told, tried_s)
-            self._ahead[told.request_id] = None
-        return known
+            if told.request_id:
+                self._ahead[told.request_id] = None
+        kind, ended_us = known
+        if kind == "anonymous":
+            changes.anonymous.append(ended_us)
 
     def _add(self, changes: Changes, ended: Finished, tried_s: int | None) -> bool:
         try:

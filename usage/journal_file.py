@@ -37,28 +37,14 @@ class Position:
         offset, _, head = text.partition(":")
         return cls(offset=int(offset or 0), head=int(head or 0))
 
-    def of(self, file: BinaryIO) -> int:
-        """The offset, where this is a position of that file; otherwise 0."""
-        return self.offset if self.offset and _head(file, self.offset) == self.head else 0
-
 
 class JournalFile:
     """See above. A file that is not there yet is empty. Methods raise OSError where the file system fails."""
 
-    def __init__(
-        self,
-        path: Path,
-        position: Position,
-        *,
-        counted: Position | None = None,
-        rotated_bytes: int = ROTATED_BYTES,
-    ) -> None:
-        """Read from ``position`` on; ``counted`` is a later one, where what lies between is read a second time."""
+    def __init__(self, path: Path, position: Position, *, rotated_bytes: int = ROTATED_BYTES) -> None:
         self._path = path
         self._old = path.with_name(path.name + ".old")
         self._position = position
-        self._counted = counted or Position()
-        self._counted_to = 0
         self._rotated_bytes = rotated_bytes
         self._file: BinaryIO | None = None
         self._reads_old = False
@@ -94,10 +80,7 @@ class JournalFile:
     def _data(self) -> bytes:
         """What comes next, at least one line if there is a whole one."""
         assert self._file is not None  # noqa: S101 - whoever reads has opened it
-        at = self._position.offset
-        self._file.seek(at)
-        if at < self._counted_to < at + READ_MAX_BYTES:
-            return self._file.read(self._counted_to - at)
+        self._file.seek(self._position.offset)
         data = self._file.read(READ_MAX_BYTES)
         if len(data) == READ_MAX_BYTES and b"\n" not in data:
             data += self._file.read(LINE_MAX_BYTES - READ_MAX_BYTES)
@@ -112,11 +95,6 @@ class JournalFile:
         except FileNotFoundError:
             return False
         return not os.path.samestat(here, there) or here.st_size < self._position.offset
-
-    @property
-    def was_counted(self) -> bool:
-        """Whether what was returned last lies before the position up to which everything has been counted."""
-        return self._position.offset <= self._counted_to
 
     @property
     def unread_bytes(self) -> int:
@@ -167,14 +145,11 @@ class JournalFile:
         if not opened:
             return False
         at = self._position
-        known = [one for one in opened if at.of(one[1])]
+        known = [one for one in opened if at.offset and _head(one[1], at.offset) == at.head]
         path, self._file = (known or opened)[0]
         if not known:
             self._position = Position()
         self._reads_old = path == self._old
-        self._counted_to = self._counted.of(self._file)
-        if self._reads_old and self._counted.of(opened[-1][1]):
-            self._counted_to = os.fstat(self._file.fileno()).st_size
         for _, other in opened:
             if other is not self._file:
                 other.close()
@@ -186,7 +161,6 @@ class JournalFile:
         self._reads_old = False
         self._position = Position()
         self._file = self._path.open("rb", buffering=0)
-        self._counted_to = self._counted.of(self._file)
 
 
 def _head(file: BinaryIO | None, offset: int) -> int:

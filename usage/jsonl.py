@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Final
 
 from gateway.telemetry import Logger
-from usage.outlet import BATCH_MAX, Message, OutletThread, check_batch
+from usage.outlet import BATCH_MAX, Message, OutletThread, check_batch, record_message_id
 
 KNOWN_MAX: Final = 10 * BATCH_MAX
 """Ids known of each topic: a batch whose acknowledgement was lost, and as much again of others and for a late mark."""
@@ -114,7 +114,7 @@ class JsonlOutlet:
             if _is_ours(path) and _hour_s(path) + HOUR_S <= before_s:
                 if (topic := self._topics.get(path.parent.name)) is not None:
                     topic.leave(path)
-                path.unlink()
+                path.unlink(missing_ok=True)
                 pruned += 1
         return pruned
 
@@ -259,7 +259,9 @@ def _ids_from_end(path: Path) -> Iterator[str]:
     for _, line in _lines_from_end(path):
         with contextlib.suppress(ValueError):
             match json.loads(line):
-                case {"record_id": str(found)} | {"event_id": str(found)}:
+                case {"record_id": str(found), "revision": int(revision)}:
+                    yield record_message_id(found, revision)
+                case {"event_id": str(found)}:
                     yield found
 
 

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import fcntl
 import sqlite3
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Coroutine, Sequence
-from contextlib import AsyncExitStack, asynccontextmanager
+from collections.abc import AsyncIterator, Coroutine, Iterator, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
 from functools import partial
+from pathlib import Path
 from typing import Any, Final
 
 import httpx
@@ -34,22 +36,40 @@ from usage.operator_app import operator_routes
 from usage.outlets import Outlets, open_outlets
 from usage.policies import keep_policies
 from usage.prune import prune_every
-from usage.reconcile import Reconciliation, Seen
-from usage.salvage import Opened, mark_damaged, open_spool
+from usage.reconcile import Reconciliation
+from usage.salvage import Opened, keep_copy, mark_damaged, open_spool
 from usage.server import AccessLogServer
 from usage.settler import Settler
 from usage.signs_of_life import SignsOfLife
-from usage.spool import COUNTED_MARK, JOURNAL_MARK, SEEN_MARK, Entry
+from usage.spool import JOURNAL_MARK, Entry
 from usage.sweep import sweep_every
 from usage.writer import Writer
 
 SPOOL_FILE: Final = "usage.db"
+LOCK_FILE: Final = "usage.lock"
+SPOOL_WATCH_S: Final = 2.0
+SIGNS: Final = 1.5
+"""So many intervals of Envoy's signs of life pass before silence means something."""
 PRUNE_S: Final = 60.0
 STREAM_GRACE_S: Final = 0.5
 """For what Envoy has written already, when the program is told to stop."""
 DRAIN_S: Final = 5.0
 REOPEN_S: Final = 5.0
 """Before a damaged spool is taken over again, where there was no room."""
+
+
+class UpSince:
+    """When the limit store was last found up, in seconds of the monotonic clock; before that the start."""
+
+    def __init__(self, metrics: LedgerMetrics) -> None:
+        self._metrics = metrics
+        self.at_s = time.monotonic()
+
+    def change(self, is_up: bool) -> None:
+        """Take what the connection tells."""
+        self._metrics.limit_store_up.set(is_up)
+        if is_up:
+            self.at_s = time.monotonic()
 
 
 class Ledger:
@@ -60,6 +80,7 @@ class Ledger:
         settings: UsageSettings,
         opened: Opened,
         store: ValkeyLimits | None,
+        up_since: UpSince,
         outlets: Outlets,
         http: httpx.AsyncClient,
         metrics: LedgerMetrics,
@@ -67,6 +88,7 @@ class Ledger:
     ) -> None:
         self._settings = settings
         self._store = store
+        self._up_since = up_since
         self._outlets = outlets
         self._metrics = metrics
         self._log = log
@@ -76,6 +98,7 @@ class Ledger:
         """Set once the spool is found not to be what was written to it."""
         self.archive = Archive(spool.path, damaged=self._found_damaged)
         self._asked = Archive(spool.path, damaged=self._found_damaged)
+        self._operators = Archive(spool.path, damaged=self._found_damaged)
         self.writer = Writer(spool, written=self._written, metrics=metrics, log=log, damaged=self._found_damaged)
         self.settler: Settler | None = None
         self._signs: SignsOfLife | None = None
@@ -93,12 +116,10 @@ class Ledger:
         self.delivery = Delivery(
             self.archive, self.writer, outlets.by_mark, metrics=metrics, log=log, clock_s=time.time
         )
-        self.seen = Seen(str(spool.mark(SEEN_MARK, "")))
         self.intake = Intake(
             self.writer,
             tried_s=self._tried_s,
             running=self._signs.take if self._signs is not None else lambda _: None,
-            seen=self.seen,
             metrics=metrics,
             log=log,
             recovered=opened.damaged,
@@ -107,7 +128,6 @@ class Ledger:
         journal = JournalFile(
             settings.state_path / JOURNAL,
             Position.read(str(spool.mark(JOURNAL_MARK, ""))),
-            counted=Position.read(str(spool.mark(COUNTED_MARK, ""))),
             rotated_bytes=ROTATED_BYTES,
         )
         self.follower = JournalFollower(
@@ -115,12 +135,20 @@ class Ledger:
             self.intake,
             self.writer,
             reopen=reopener(http, settings.envoy_admin_address),
-            is_full=lambda: self.delivery.waiting >= settings.usage_backlog_max,
+            clock_s=time.time,
             metrics=metrics,
             log=log,
         )
         self.reconciliation = Reconciliation(
-            self.seen, http, settings.envoy_admin_address, metrics=metrics, log=log, clock_s=time.time
+            spool,
+            self.archive,
+            self.writer,
+            http,
+            settings.envoy_admin_address,
+            caught_up=self.follower.caught_up.is_set,
+            metrics=metrics,
+            log=log,
+            clock_s=time.time,
         )
 
     def tasks(self) -> list[Coroutine[Any, Any, None]]:
@@ -131,6 +159,7 @@ class Ledger:
             self.delivery.run(),
             self.follower.run(),
             self.reconciliation.run(),
+            self._watch_spool(),
             keep_policies(settings, self.writer, log=log),
             prune_every(
                 PRUNE_S,
@@ -155,7 +184,8 @@ class Ledger:
                 settings.usage_sweep_interval_s,
                 store,
                 self.writer,
-                caught_up=self.follower.caught_up.is_set,
+                may=self._may_sweep,
+                settle=self.settler.look,
                 metrics=self._metrics,
                 log=log,
             ),
@@ -169,7 +199,7 @@ class Ledger:
         if late_s > self._settings.usage_late_warning_s:
             warnings.append(f"the oldest record that was not handed on is {late_s:.0f} s old")
         if self.delivery.waiting >= self._settings.usage_backlog_max:
-            warnings.append("the backlog is full: requests wait in Envoy's journal")
+            warnings.append(f"{self.delivery.waiting} requests wait to be handed on: the disk fills")
         if self.delivery.refused:
             warnings.append(f"{self.delivery.refused} records could not be handed on: the log says why")
         if self.reconciliation.unaccounted:
@@ -184,7 +214,7 @@ class Ledger:
         }
 
     def audit_app(self) -> Starlette:
-        """The server of those who ask; it reads with a connection of its own, so that delivery does not wait."""
+        """The server of those who ask; it reads by connections of its own, so that nobody waits for somebody's sums."""
         store = self._store
 
         async def count_open() -> int | None:
@@ -197,13 +227,13 @@ class Ledger:
             log=self._log,
         )
         accounts = Accounts(
-            archive=self._asked,
+            archive=self._operators,
             reconciliation=self.reconciliation,
             oldest_s=lambda: self.delivery.oldest_s,
             malformed=self._metrics.malformed_so_far,
             count_open=count_open,
         )
-        return build_audit_app(sources, operator_routes(self._asked, accounts, log=self._log))
+        return build_audit_app(sources, operator_routes(self._operators, accounts, log=self._log))
 
     async def drain(self, within_s: float) -> None:
         """Finish what was told, as far as it can be done in time; the rest is in the spool or in the journal."""
@@ -219,6 +249,7 @@ class Ledger:
         self.writer.close()
         self.archive.close()
         self._asked.close()
+        self._operators.close()
 
     def _written(self, entries: Sequence[Entry]) -> None:
         for kind, count in Counter(entry.kind for entry in entries).items():
@@ -226,6 +257,22 @@ class Ledger:
         if self.settler is not None:
             self.settler.take(entries)
         self.delivery.wake()
+
+    def _may_sweep(self) -> bool:
+        """Whether what is overdue is so because nobody has heard of it, and not because nobody could have been told."""
+        heard_s = time.monotonic() - self._up_since.at_s
+        return self.follower.caught_up.is_set() and heard_s > SIGNS * self._settings.sign_of_life_s
+
+    async def _watch_spool(self) -> None:
+        """A file that was removed or replaced goes on taking what is written, and has it as long as it is open."""
+        while not await asyncio.to_thread(self._spool.is_gone):  # noqa: ASYNC110 - a file tells of nothing
+            await asyncio.sleep(SPOOL_WATCH_S)
+        self._log.error("spool_gone", path=str(self._spool.path), meaning="it is written anew from what is still open")
+        try:
+            await self.writer.call(partial(keep_copy, self._spool))
+        except OSError as error:
+            self._log.error("spool_not_kept", error=str(error), meaning="what is in the journal is taken again")
+        self.damaged.set()
 
     def _found_damaged(self, error: sqlite3.Error) -> None:
         if not self.damaged.is_set():
@@ -242,7 +289,7 @@ class Ledger:
 
 
 @asynccontextmanager
-async def _store(settings: UsageSettings, *, metrics: LedgerMetrics, log: Logger) -> AsyncIterator[ValkeyLimits | None]:
+async def _store(settings: UsageSettings, up_since: UpSince, *, log: Logger) -> AsyncIterator[ValkeyLimits | None]:
     """The limit store; None where there is none."""
     if not settings.redis_addr:
         log.info("nothing_to_settle", reason="REDIS_ADDR is not set, so nothing is limited")
@@ -253,7 +300,7 @@ async def _store(settings: UsageSettings, *, metrics: LedgerMetrics, log: Logger
         log=log,
         deadline_s=settings.limit_store_deadline_s,
         overdue_s=settings.limit_overdue_s,
-        on_change=metrics.limit_store_up.set,
+        on_change=up_since.change,
     ) as store:
         yield store
 
@@ -264,14 +311,31 @@ async def run(settings: UsageSettings, stop: asyncio.Event, *, log: Logger) -> N
     Raises:
         SettingsError: the program cannot start.
     """
-    settings.run_dir.mkdir(parents=True, exist_ok=True)
-    opened: Opened | None
+    with _alone(settings.state_path / LOCK_FILE):
+        settings.run_dir.mkdir(parents=True, exist_ok=True)
+        opened: Opened | None
+        try:
+            opened = await _open(settings, log)
+        except sqlite3.OperationalError as error:
+            raise SettingsError(f"STATE_DIR: {settings.state_path / SPOOL_FILE}: {error}") from error
+        while opened is not None and not await _serve(settings, opened, stop, log=log):
+            opened = await _opened_again(settings, stop, log)
+
+
+@contextmanager
+def _alone(path: Path) -> Iterator[None]:
+    """Of two ledgers each would take the other's requests for its own; the lock ends with the process.
+
+    Raises:
+        SettingsError: there is another one, or the directory cannot be written.
+    """
     try:
-        opened = await _open(settings, log)
-    except sqlite3.OperationalError as error:
-        raise SettingsError(f"STATE_DIR: {settings.state_path / SPOOL_FILE}: {error}") from error
-    while opened is not None and not await _serve(settings, opened, stop, log=log):
-        opened = await _opened_again(settings, stop, log)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("ab") as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            yield
+    except BlockingIOError as error:
+        raise SettingsError(f"STATE_DIR: another ledger uses {path.parent}") from error
 
 
 async def _open(settings: UsageSettings, log: Logger) -> Opened:
@@ -304,9 +368,10 @@ async def _serve(settings: UsageSettings, opened: Opened, stop: asyncio.Event, *
     async with AsyncExitStack() as stack:
         stack.callback(opened.spool.close)
         outlets = await stack.enter_async_context(open_outlets(settings, log=log))
-        store = await stack.enter_async_context(_store(settings, metrics=metrics, log=log))
+        up_since = UpSince(metrics)
+        store = await stack.enter_async_context(_store(settings, up_since, log=log))
         http = await stack.enter_async_context(httpx.AsyncClient(trust_env=False))
-        ledger = Ledger(settings, opened, store, outlets, http, metrics, log)
+        ledger = Ledger(settings, opened, store, up_since, outlets, http, metrics, log)
         stack.callback(ledger.close)
         listeners = tcp_listener("0.0.0.0", settings.usage_metrics_port), unix_listener(settings.run_dir / AUDIT_SOCKET)
         try:

@@ -20,8 +20,8 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Message:
-    """One record or event: ``id`` is its record_id or event_id, ``topic`` such as usage.records.v1, ``key`` its
-    organisation, ``value`` one JSON object without newlines.
+    """One record or event: ``id`` tells it from all others (a record by its revision too), ``topic`` such as
+    usage.records.v1, ``key`` its organisation, ``value`` one JSON object without newlines.
     """
 
     id: str
@@ -32,6 +32,11 @@ class Message:
     def __post_init__(self) -> None:
         if b"\n" in self.value:
             raise ValueError(f"message {self.id} has a newline")
+
+
+def record_message_id(record_id: str, revision: int) -> str:
+    """Of two revisions of a record one must not be taken for a repetition of the other."""
+    return f"{record_id}/{revision}"
 
 
 class Refused(Exception):

@@ -33,7 +33,10 @@ async def prune_every(
         while some := await writer.call(partial(spool.prune, before_us=int(before_s * MICRO))):
             removed += some
             await asyncio.sleep(PAUSE_S)
-        await prune_files(before_s)
+        try:
+            await prune_files(before_s)
+        except OSError as error:  # they are looked for again
+            log.warning("files_not_pruned", error=str(error))
         if removed:
             log.info("pruned", rows=removed)
         await asyncio.sleep(interval_s)

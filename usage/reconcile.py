@@ -1,129 +1,136 @@
-"""Three counts that must agree: Envoy's own, what the ledger has written down, and what was handed on.
+"""Whether every request that Envoy has counted is known here: Envoy's own count against the ledger's, again and again.
 
-Envoy counts completed requests from its start; the journal is counted by the second at which a request began, so that
-what belongs to the running Envoy can be told from what belongs to the one before. Envoy docs: "HTTP connection manager
-statistics", downstream_rq_completed.
+Envoy counts from its start, so what is compared is of the Envoy that runs: of the requests that had ended at a moment,
+how many are known some seconds later. Envoy docs: "HTTP connection manager statistics", downstream_rq_total,
+downstream_rq_active; "Administration interface", /config_dump.
 """
 
 from __future__ import annotations
 
 import asyncio
-import json
-from collections import Counter, deque
+import sqlite3
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
+from datetime import datetime
+from functools import partial
 from typing import Final
 
 import httpx
 
 from gateway import names
 from gateway.telemetry import Logger
+from usage.archive import Archive
 from usage.metrics import LedgerMetrics
+from usage.record import MICRO
+from usage.spool import MOMENT_US, Spool
+from usage.writer import Writer
 
 INTERVAL_S: Final = 5.0
 TIMEOUT_S: Final = 2.0
-SAME_EPOCH_S: Final = 2
-"""Envoy tells its age in whole seconds: two of its starts that differ by less are one."""
 LAG_S: Final = 12.0
 """Envoy writes its files every 10 s unless it is told otherwise."""
-KEPT_S: Final = 60
-SECONDS_MAX: Final = 3600
-"""With requests in them, that are remembered while no Envoy says how old it is."""
-_COMPLETED: Final = f"http.{names.LISTENER_PUBLIC}.downstream_rq_completed"
+WORST_OF_S: Final = 60.0
+"""What ends while Envoy answers hides as much that is missing, so the worst of some comparisons counts."""
+KEPT_S: Final = 120.0
+"""So long it is known when requests ended; older ones are only counted."""
+_TOTAL: Final = f"http.{names.LISTENER_PUBLIC}.downstream_rq_total"
 _RUNNING: Final = f"http.{names.LISTENER_PUBLIC}.downstream_rq_active"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EnvoyCount:
-    """Requests that an Envoy has completed since its start, in unix seconds, and those that run."""
+    """Requests that an Envoy has seen the end of since its start, and those that run; ``at_us`` is when it said so."""
 
-    started_s: int
-    completed: int
+    started_us: int
+    at_us: int
+    ended: int
     running: int = 0
 
 
-class Seen:
-    """Requests that the journal has told of, of the running Envoy."""
-
-    def __init__(self, written: str = "") -> None:
-        """``written`` as :meth:`written` had it."""
-        kept = json.loads(written) if written else {}
-        self._epoch_s: int | None = kept.get("epoch_s")
-        self._requests: int = kept.get("requests", 0)
-        self._recent = Counter({int(second): count for second, count in kept.get("recent", {}).items()})
-
-    def add(self, started_s: int) -> None:
-        """One more, which began in that second."""
-        self._recent[started_s] += 1
-        if len(self._recent) > SECONDS_MAX:
-            del self._recent[min(self._recent)]
-        if self._epoch_s is None or started_s >= self._epoch_s:
-            self._requests += 1
-
-    def of(self, envoy_started_s: int, *, now_s: float) -> int:
-        """How many there were of the Envoy that has been running since then."""
-        if self._epoch_s is None or abs(envoy_started_s - self._epoch_s) > SAME_EPOCH_S:
-            self._epoch_s = envoy_started_s
-            self._requests = sum(count for second, count in self._recent.items() if second >= envoy_started_s)
-        # An Envoy that starts from now on begins no request before.
-        for second in [second for second in self._recent if second < now_s - KEPT_S]:
-            del self._recent[second]
-        return self._requests
-
-    def written(self) -> str:
-        """As text."""
-        return json.dumps({"epoch_s": self._epoch_s, "requests": self._requests, "recent": self._recent})
-
-
 class Reconciliation:
-    """Compares Envoy's count with the journal's, again and again."""
+    """Compares Envoy's count with the ledger's."""
 
     def __init__(
         self,
-        seen: Seen,
+        spool: Spool,
+        archive: Archive,
+        writer: Writer,
         http: httpx.AsyncClient,
         envoy_admin: str,
         *,
+        caught_up: Callable[[], bool],
         metrics: LedgerMetrics,
         log: Logger,
         clock_s: Callable[[], float],
-        lag_s: float = LAG_S,
     ) -> None:
-        """``lag_s``: so long after it has ended a request is in the journal."""
-        self._seen = seen
+        """``caught_up``: everything has been read that Envoy's journal has."""
+        self._spool = spool
+        self._archive = archive
+        self._writer = writer
         self._http = http
         self._envoy_admin = envoy_admin
+        self._caught_up = caught_up
         self._metrics = metrics
         self._log = log
         self._clock_s = clock_s
-        self._lag_s = lag_s
-        self._counts: deque[tuple[float, EnvoyCount]] = deque()
+        self._counts: deque[EnvoyCount] = deque()
+        self._missing: deque[tuple[EnvoyCount, int]] = deque()
         self.unaccounted: int | None = None
-        """Requests that Envoy counts and the journal has not told of; None until it is known."""
+        """Requests that Envoy has counted and nobody has told of; None until it is known."""
 
     async def run(self, interval_s: float = INTERVAL_S) -> None:
         """Compare until cancelled."""
         while True:
-            await self.compare()
+            try:
+                await self.compare()
+            except sqlite3.Error as error:
+                self._log.error("spool_not_readable", error=str(error))
             await asyncio.sleep(interval_s)
 
     async def compare(self) -> tuple[EnvoyCount, int] | None:
-        """Envoy's count and the journal's of the same Envoy, both of now; None where Envoy does not answer."""
+        """Envoy's count and the ledger's of the same Envoy, both of now; None where Envoy does not answer.
+
+        Raises:
+            sqlite3.Error: the spool cannot be read.
+        """
         count = await self._ask()
         if count is None:
             return None
-        now_s = self._clock_s()
-        known = self._seen.of(count.started_s, now_s=now_s)
-        while self._counts and abs(self._counts[0][1].started_s - count.started_s) > SAME_EPOCH_S:
-            self._counts.popleft()
-        self._counts.append((now_s, count))
-        while len(self._counts) > 1 and self._counts[1][0] <= now_s - self._lag_s:
-            self._counts.popleft()
-        if self._counts[0][0] <= now_s - self._lag_s:
-            self._tell(max(0, self._counts[0][1].completed - known))
-        return count, known
+        if self._counts and self._counts[-1].started_us != count.started_us:
+            self._counts.clear()
+            self._missing.clear()
+        self._counts.append(count)
+        if self._caught_up():
+            while self._counts[0].at_us <= count.at_us - LAG_S * MICRO:
+                await self._look_back(self._counts.popleft())
+            self._tell(count)
+        return count, await self._archive.known(count.started_us, until_us=count.at_us) or 0
 
-    def _tell(self, unaccounted: int) -> None:
+    async def _look_back(self, count: EnvoyCount) -> None:
+        """What is missing by now of the requests that had ended then."""
+        known = await self._archive.known(count.started_us, until_us=count.at_us)
+        if known is None:
+            # Nothing was compared before, or the spool was lost: whatever was missing then nobody can tell any more.
+            since_start = await self._archive.ended(since_us=count.started_us, until_us=count.at_us)
+            await self._fold(count, before_us=count.started_us, known=count.ended - since_start)
+            known = count.ended
+        self._missing.append((count, max(0, count.ended - known)))
+        before_us = (count.at_us - int(KEPT_S * MICRO)) // MOMENT_US * MOMENT_US
+        if before_us > count.started_us:
+            known_before = await self._archive.known(count.started_us, until_us=before_us - 1)
+            await self._fold(count, before_us=before_us, known=known_before or 0)
+
+    async def _fold(self, count: EnvoyCount, *, before_us: int, known: int) -> None:
+        fold = partial(self._spool.fold_ended, count.started_us, before_us=before_us, known=known)
+        await self._writer.call(fold)
+
+    def _tell(self, count: EnvoyCount) -> None:
+        while self._missing and self._missing[0][0].at_us < count.at_us - (LAG_S + WORST_OF_S) * MICRO:
+            self._missing.popleft()
+        if not self._missing:
+            return
+        unaccounted = max(missing for _, missing in self._missing)
         if unaccounted and unaccounted != self.unaccounted:
             self._log.error("requests_unaccounted", requests=unaccounted)
         self.unaccounted = unaccounted
@@ -132,14 +139,20 @@ class Reconciliation:
     async def _ask(self) -> EnvoyCount | None:
         base = f"http://{self._envoy_admin}"
         try:
-            info = await self._http.get(f"{base}/server_info", timeout=TIMEOUT_S)
-            asked_s = self._clock_s()
-            query = {"format": "json", "filter": f"^({_COMPLETED}|{_RUNNING})$"}
+            dump = await self._http.get(f"{base}/config_dump", params={"mask": "last_updated"}, timeout=TIMEOUT_S)
+            # The bootstrap is read once, at the start.
+            [started] = {config["last_updated"] for config in dump.json()["configs"] if "Bootstrap" in config["@type"]}
+            query = {"format": "json", "filter": f"^({_TOTAL}|{_RUNNING})$"}
             stats = await self._http.get(f"{base}/stats", params=query, timeout=TIMEOUT_S)
-            age_s = int(str(info.json()["uptime_current_epoch"]).removesuffix("s"))
+            at_us = round(self._clock_s() * MICRO)  # whatever it has counted ended before
             found = {stat["name"]: int(stat["value"]) for stat in stats.json()["stats"] if "name" in stat}
+            started_us = round(datetime.fromisoformat(started).timestamp() * MICRO)
         except (httpx.HTTPError, ValueError, KeyError, TypeError):
             return None
+        running = found.get(_RUNNING, 0)
         return EnvoyCount(
-            started_s=int(asked_s) - age_s, completed=found.get(_COMPLETED, 0), running=found.get(_RUNNING, 0)
+            started_us=started_us,
+            at_us=at_us,
+            ended=found.get(_TOTAL, 0) - running,
+            running=running,
         )

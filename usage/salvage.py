@@ -12,7 +12,16 @@ from typing import Final
 
 from gateway.telemetry import Logger
 from usage.schema import TABLES
-from usage.spool import ALLOWED_MARK, COUNTED_MARK, EVENTS_MARK, JOURNAL_MARK, RECORDS_MARK, SEEN_MARK, Spool
+from usage.spool import (
+    ALLOWED_MARK,
+    ENDED_MARK,
+    EVENTS_MARK,
+    JOURNAL_MARK,
+    RECORDS_MARK,
+    RECOVERING_MARK,
+    Changes,
+    Spool,
+)
 
 CHECKED_MAX_BYTES: Final = 256 * 1024 * 1024
 """A larger file is not looked through at the start; what is damaged in it shows when it is read."""
@@ -20,6 +29,7 @@ MARKER: Final = ".damaged"
 """Suffix of an empty file: the spool beside it was found damaged by somebody who used it."""
 TAKEN_OVER: Final = ".taken-over"
 """Suffix of a new spool that has all that can be had, and only has to be put in the old one's place."""
+RECOVERING: Final = Changes(marks={RECOVERING_MARK: 1})
 _PARTS: Final = ("", "-wal", "-shm")
 _HEADER_BYTES: Final = 32
 _FRAME_HEADER_BYTES: Final = 24
@@ -30,7 +40,7 @@ _MAGIC: Final = 0x377F0683
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Opened:
-    """The spool. ``damaged``: it is not what was written, so others may know more than it does."""
+    """The spool. ``damaged``: it is not what was written, so others may know more, until the journal has been read."""
 
     spool: Spool
     damaged: bool
@@ -45,23 +55,42 @@ def open_spool(path: Path, *, journal: Path, log: Logger) -> Opened:
         sqlite3.OperationalError: the directory cannot be written, or is full.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
+    spool = _opened(path, journal, log)
+    return Opened(spool=spool, damaged=bool(spool.mark(RECOVERING_MARK, 0)))
+
+
+def _opened(path: Path, journal: Path, log: Logger) -> Spool:
     if _beside(path, TAKEN_OVER).exists():  # a start before this one did not come to its end
-        return Opened(spool=_put_in_place(path, log), damaged=True)
+        return _put_in_place(path, log)
     if not _bytes_of(path) and _bytes_of(journal):
         log.warning("spool_missing", path=str(path), meaning="everything in the journal is taken again")
-        return Opened(spool=Spool(path), damaged=True)
+        return _replaced(path, log)
     if _beside(path, MARKER).exists():
-        return Opened(spool=_replaced(path, "it was found at work", log), damaged=True)
+        return _replaced(path, log)
     committed = committed_frames(path.with_name(path.name + "-wal"))
     try:
         spool, frames = _sound(path)
     except sqlite3.OperationalError:
         raise
     except sqlite3.DatabaseError as error:
-        return Opened(spool=_replaced(path, str(error), log), damaged=True)
+        log.error("spool_damaged", error=str(error), path=str(path))  # noqa: TRY400 - of interest is the file
+        return _replaced(path, log)
     if committed > frames:
         log.error("spool_tail_cut", frames_lost=committed - frames, meaning="they are read from the journal again")
-    return Opened(spool=spool, damaged=committed > frames)
+        spool.write(RECOVERING)
+    return spool
+
+
+def keep_copy(spool: Spool) -> None:
+    """Have the next start begin with what an open spool has whose file was removed.
+
+    Raises:
+        sqlite3.Error: it cannot be read, or there is no room.
+    """
+    making = _made_room(spool.path)
+    spool.write(RECOVERING)
+    spool.copy_to(making)
+    making.rename(_beside(spool.path, TAKEN_OVER))
 
 
 def mark_damaged(path: Path) -> None:
@@ -91,16 +120,14 @@ def _sound(path: Path) -> tuple[Spool, int]:
     return spool, frames
 
 
-def _replaced(path: Path, problem: str, log: Logger) -> Spool:
+def _replaced(path: Path, log: Logger) -> Spool:
     """Take over what can be read into a new file. Killed at any moment, the next start has it to do, or has it done."""
-    log.error("spool_damaged", error=problem, path=str(path), meaning="what can be read of it is taken over")
-    making = _beside(path, ".making")
-    for suffix in _PARTS:
-        _beside(making, suffix).unlink(missing_ok=True)
+    making = _made_room(path)
     fresh = Spool(making)
     try:
-        rows = take_over(making, path)
-        log.info("spool_taken_over", rows=rows)
+        fresh.write(RECOVERING)
+        if _bytes_of(path):
+            log.warning("spool_taken_over", path=str(path), rows=take_over(making, path))
     except sqlite3.OperationalError:
         raise  # there is no room, say: nothing is given up for that
     except sqlite3.DatabaseError:
@@ -111,6 +138,13 @@ def _replaced(path: Path, problem: str, log: Logger) -> Spool:
     return _put_in_place(path, log)
 
 
+def _made_room(path: Path) -> Path:
+    making = _beside(path, ".making")
+    for suffix in _PARTS:
+        _beside(making, suffix).unlink(missing_ok=True)
+    return making
+
+
 def _put_in_place(path: Path, log: Logger) -> Spool:
     aside = _beside(path, f"{MARKER}-{time.time_ns() // 1_000_000}")
     for suffix in _PARTS:
@@ -118,7 +152,7 @@ def _put_in_place(path: Path, log: Logger) -> Spool:
             _beside(path, suffix).rename(_beside(aside, suffix))
     _beside(path, TAKEN_OVER).rename(path)
     _beside(path, MARKER).unlink(missing_ok=True)
-    log.warning("spool_replaced", path=str(path), aside=str(aside))
+    log.warning("spool_replaced", path=str(path), aside=str(aside) if aside.exists() else None)
     return Spool(path)
 
 
@@ -137,10 +171,8 @@ def take_over(path: Path, damaged: Path) -> int:
         copied = sum(
             _copy(other, fresh, table, f"{key} {order}") for table, key in TABLES.items() for order in ("ASC", "DESC")
         )
-        fresh.execute("DELETE FROM marks WHERE name = ?", (JOURNAL_MARK,))
-        if not fresh.execute("SELECT count(*) FROM marks WHERE name = ?", (COUNTED_MARK,)).fetchone()[0]:
-            fresh.execute("DELETE FROM tallies")  # nobody knows what they counted: the whole journal is counted again
-            fresh.execute("DELETE FROM marks WHERE name = ?", (SEEN_MARK,))
+        # Of what Envoy has counted nobody knows any more how much was known.
+        fresh.execute("DELETE FROM marks WHERE name IN (?, ?)", (JOURNAL_MARK, ENDED_MARK))
         _begin_after(fresh, "requests", RECORDS_MARK, ALLOWED_MARK)
         _begin_after(fresh, "events", EVENTS_MARK)
         fresh.execute("COMMIT")

@@ -86,6 +86,12 @@ class Settler:
         self._arrived.set()
         self._measure()
 
+    def look(self) -> None:
+        """There is something in the spool to be settled, again or at last."""
+        self._in_spool = True
+        self._idle.clear()
+        self._arrived.set()
+
     async def run(self) -> None:
         """Settle what arrives, until cancelled."""
         while True:

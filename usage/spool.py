@@ -7,9 +7,11 @@ through one thread; whoever only reads has a connection of their own. ADR 0010 s
 from __future__ import annotations
 
 import json
+import os
 import sqlite3
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Final, Literal
@@ -26,10 +28,8 @@ _INSERT: Final = """INSERT OR IGNORE INTO requests (request_id, revision, client
 started_us, record, told, settlement, tried_s, settled) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)"""
 JOURNAL_MARK: Final = "journal"
 """Mark of how far the journal has been read."""
-COUNTED_MARK: Final = "journal_counted"
-"""Mark of how far its requests have been counted: further, while it is read a second time."""
-SEEN_MARK: Final = "seen"
-"""What was counted, as :class:`usage.reconcile.Seen` writes it."""
+ENDED_MARK: Final = "ended_before"
+"""Start of an Envoy in unix microseconds, and how many of its requests are known that are not in the table any more."""
 RECORDS_MARK: Final = "records_delivered"
 ALLOWED_MARK: Final = "allowed_delivered"
 EVENTS_MARK: Final = "events_delivered"
@@ -58,6 +58,7 @@ WHERE action = 'POLICY_UPDATE' AND action <> 'REQUEST_DENIED' AND json_valid(met
 _DAMAGE: Final = frozenset({sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB})
 PRUNED_AT_ONCE: Final = 2000
 BUSY_MS: Final = 5000
+MOMENT_US: Final = 10_000
 EXPIRE: Final = "expire"
 """In the place of a settlement: close the open entry with what was reserved."""
 
@@ -73,7 +74,7 @@ class Entry:
     """A request as it is written down. ``record`` is None where nothing is billed, ``settlement`` where none is open.
 
     Of two entries of one request the one with the higher ``revision`` stands. ``tried_s``: the limit store may know of
-    the settlement since then.
+    the settlement since then. ``ended_us`` is None where nobody has told of the end.
     """
 
     request_id: str
@@ -86,6 +87,7 @@ class Entry:
     told: str
     settlement: Settlement | Literal["expire"] | None
     tried_s: int | None = None
+    ended_us: int | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -107,7 +109,8 @@ class Changes:
     settled: list[Entry] = field(default_factory=list)
     tried: list[tuple[int, Entry]] = field(default_factory=list)
     """Unix seconds, and what the limit store may know of since then."""
-    tallies: Counter[str] = field(default_factory=Counter)
+    anonymous: list[int] = field(default_factory=list)
+    """When requests ended of which nothing is kept, as nobody was known."""
     marks: dict[str, int | str] = field(default_factory=dict)
     policies: list[tuple[str, str]] = field(default_factory=list)
     """Digests, and what they stand for."""
@@ -127,7 +130,7 @@ class Changes:
         self.events += other.events
         self.settled += other.settled
         self.tried += other.tried
-        self.tallies += other.tallies
+        self.anonymous += other.anonymous
         self.marks |= other.marks
         self.policies += other.policies
         self.offered_again += other.offered_again
@@ -145,6 +148,7 @@ class Spool:
         self._db.execute("PRAGMA synchronous = FULL")  # a commit is on the disk, not only with the kernel
         self._db.execute("PRAGMA wal_autocheckpoint = 4000")
         self._db.executescript(SCHEMA)
+        self._stat = path.stat()
 
     def close(self) -> None:
         """Fold the log into the file."""
@@ -156,7 +160,7 @@ class Spool:
         try:
             fresh = [put for entry in changes.entries if (put := self._put(entry)) is not None]
             self._put_others(changes)
-            self._count(fresh)
+            self._count(fresh, changes.anonymous)
             self._db.execute("COMMIT")
         except BaseException:
             if self._db.in_transaction:
@@ -213,11 +217,6 @@ class Spool:
             ((entry.request_id, entry.revision) for entry in changes.settled),
         )
         self._db.executemany(
-            "INSERT INTO tallies VALUES (?, ?)"
-            " ON CONFLICT (kind) DO UPDATE SET requests = requests + excluded.requests",
-            changes.tallies.items(),
-        )
-        self._db.executemany(
             "INSERT INTO marks VALUES (?, ?) ON CONFLICT (name) DO UPDATE SET value = excluded.value",
             changes.marks.items(),
         )
@@ -227,14 +226,45 @@ class Spool:
             "INSERT OR REPLACE INTO refused VALUES (?, ?, ?)", ((r.stream, r.place, r.reason) for r in changes.refused)
         )
 
-    def _count(self, fresh: Sequence[Entry]) -> None:
+    def _count(self, fresh: Sequence[Entry], anonymous: Sequence[int]) -> None:
+        """Every request that has ended is counted once: by its kind, and by the hundredth of a second of its end."""
+        told = [entry for entry in fresh if entry.ended_us is not None]
+        kinds = Counter(entry.kind for entry in told) + Counter({"anonymous": len(anonymous)})
+        self._add_up("tallies (kind, requests)", kinds.items())
+        moments = [entry.ended_us for entry in told if entry.ended_us is not None]
+        self._add_up("ended (moment, requests)", Counter(at // MOMENT_US for at in (*moments, *anonymous)).items())
         records = [entry for entry in fresh if entry.record is not None]
-        for mark, more in ((RECORDS_COUNT, len(records)), (ESTIMATES_COUNT, sum(not e.revision for e in records))):
-            if more:
-                self._db.execute(
-                    "INSERT INTO marks VALUES (?, ?) ON CONFLICT (name) DO UPDATE SET value = value + excluded.value",
-                    (mark, more),
-                )
+        estimates = sum(not entry.revision for entry in records)
+        self._add_up("marks (name, value)", ((RECORDS_COUNT, len(records)), (ESTIMATES_COUNT, estimates)))
+
+    def _add_up(self, table: str, counts: Iterable[tuple[Any, int]]) -> None:
+        key, count = table[table.index("(") + 1 : -1].split(", ")
+        self._db.executemany(
+            f"INSERT INTO {table} VALUES (?, ?)"  # noqa: S608 - names of ours
+            f" ON CONFLICT ({key}) DO UPDATE SET {count} = {count} + excluded.{count}",
+            ((name, more) for name, more in counts if more),
+        )
+
+    def fold_ended(self, started_us: int, *, before_us: int, known: int) -> None:
+        """Remove what was counted before a moment; of the Envoy that runs since ``started_us`` so many were known."""
+        with self._db:
+            self._db.execute("BEGIN IMMEDIATE")
+            self._db.execute("DELETE FROM ended WHERE moment < ?", (before_us // MOMENT_US,))
+            self._db.execute(
+                "INSERT OR REPLACE INTO marks VALUES (?, ?)", (ENDED_MARK, json.dumps((started_us, known)))
+            )
+
+    def is_gone(self) -> bool:
+        """Whether another file is in its place, or none: what is written to this one is lost once it is closed."""
+        try:
+            return not os.path.samestat(self.path.stat(), self._stat)
+        except FileNotFoundError:
+            return True
+
+    def copy_to(self, path: Path) -> None:
+        """Write everything that is in it to another file."""
+        with closing(sqlite3.connect(path)) as copy:
+            self._db.backup(copy)
 
     def mark(self, name: str, default: Any) -> Any:
         """A mark as it was last written."""

@@ -15,8 +15,8 @@ _SUMS: Final = """
 SELECT organization_id, json_extract(record, '$.model'), count(*),
   sum(json_extract(record, '$.tokens_input')), sum(json_extract(record, '$.tokens_output')),
   sum(json_extract(record, '$.cost_micro_usd'))
-FROM requests WHERE seq > :after AND seq <= :to AND record IS NOT NULL
-  AND (:since_us IS NULL OR started_us >= :since_us) AND (:of IS NULL OR organization_id = :of)
+FROM requests INDEXED BY requests_started WHERE started_us > :after AND started_us <= :to AND record IS NOT NULL
+  AND (:of IS NULL OR organization_id = :of)
 GROUP BY 1, 2
 """
 
@@ -39,13 +39,16 @@ async def sum_records(archive: Archive, *, since_us: int | None, organization_id
     Raises:
         sqlite3.Error: the spool cannot be read.
     """
-    after, last = await archive.call(lambda db: _bounds(db, since_us))
     found: defaultdict[tuple[str, str], list[int]] = defaultdict(lambda: [0, 0, 0, 0])
+    # By the time of their start, as that stays when an estimate is replaced.
+    after = -1 if since_us is None else since_us - 1
+    last = await archive.call(_last)
     while after < last:
-        asked = {"after": after, "to": after + PART, "since_us": since_us, "of": organization_id}
+        to = await archive.call(lambda db, after=after: _end_of_part(db, after, last))  # type: ignore[misc]
+        asked = {"after": after, "to": to, "of": organization_id}
         for organization, model, *figures in await archive.call(lambda db, asked=asked: _part(db, asked)):  # type: ignore[misc]
             found[organization, model] = [a + b for a, b in zip(found[organization, model], figures, strict=True)]
-        after += PART
+        after = to
     return [
         Sum(
             organization_id=organization,
@@ -59,14 +62,17 @@ async def sum_records(archive: Archive, *, since_us: int | None, organization_id
     ]
 
 
-def _bounds(db: sqlite3.Connection, since_us: int | None) -> tuple[int, int]:
-    """Before the first and at the last request of the time."""
-    if since_us is None:
-        [(lowest,)] = db.execute("SELECT min(seq) FROM requests")
-    else:
-        [(lowest,)] = db.execute("SELECT min(seq) FROM requests WHERE started_us >= ?", (since_us,))
-    [(highest,)] = db.execute("SELECT max(seq) FROM requests")
-    return (0, 0) if lowest is None else (lowest - 1, highest)
+def _last(db: sqlite3.Connection) -> int:
+    [(last,)] = db.execute("SELECT coalesce(max(started_us), -1) FROM requests")
+    return int(last)
+
+
+def _end_of_part(db: sqlite3.Connection, after: int, last: int) -> int:
+    """The start of the last request of the next part."""
+    row = db.execute(
+        "SELECT started_us FROM requests WHERE started_us > ? ORDER BY started_us LIMIT 1 OFFSET ?", (after, PART - 1)
+    ).fetchone()
+    return last if row is None else min(int(row[0]), last)
 
 
 def _part(db: sqlite3.Connection, asked: dict[str, Any]) -> list[tuple[Any, ...]]:

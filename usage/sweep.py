@@ -44,14 +44,25 @@ async def sweep_every(
     store: OpenEntries,
     writer: Writer,
     *,
-    caught_up: Callable[[], bool],
+    may: Callable[[], bool],
+    settle: Callable[[], None],
     metrics: LedgerMetrics,
     log: Logger,
 ) -> None:
-    """Sweep again and again, until cancelled; not before everything that was told of has been read."""
+    """Sweep again and again, until cancelled.
+
+    Args:
+        interval_s: between two sweeps.
+        store: knows what is overdue.
+        writer: takes the estimates.
+        may: everything that was told of has been read, and what runs has had the time to be heard of.
+        settle: is told that there is something to settle.
+        metrics: counts.
+        log: is told of what was closed, and why something was not.
+    """
     while True:
         await asyncio.sleep(interval_s)
-        if not caught_up():
+        if not may():
             continue
         try:
             swept = await sweep(store, writer, metrics=metrics)
@@ -59,25 +70,44 @@ async def sweep_every(
             log.warning("sweep_given_up", error=str(error))
             continue
         if swept:
+            settle()
             log.warning("overdue_closed", requests=swept)
 
 
 async def sweep(store: OpenEntries, writer: Writer, *, metrics: LedgerMetrics) -> int:
     """Write down an estimate of every overdue request, which then is settled as any; how many there were.
 
+    One that is written down already has been settled before, and the store has lost that: it is settled again.
+
     Raises:
-        StoreUnavailable: the store is down; what is left is found again.
+        StoreUnavailable: the store is down, or a part of it; what is left is found again.
     """
-    swept = 0
+    swept, unavailable = 0, None
     for some in _parts(await store.organizations()):
-        found = await asyncio.gather(*(store.overdue(organization, most=OVERDUE_MAX) for organization in some))
+        calls = (store.overdue(organization, most=OVERDUE_MAX) for organization in some)
+        found = await asyncio.gather(*calls, return_exceptions=True)
         for organization, request_ids in zip(some, found, strict=True):
-            for ids in _parts(request_ids):
-                kept = await asyncio.gather(*(store.opened(organization, request_id) for request_id in ids))
-                estimates = [estimate_of(opened) for opened in kept if opened is not None]
-                await writer.write(Changes(entries=estimates))
-                metrics.swept.inc(len(estimates))
-                swept += len(estimates)
+            if isinstance(request_ids, StoreUnavailable):
+                unavailable = request_ids
+            elif isinstance(request_ids, BaseException):
+                raise request_ids
+            else:
+                swept += await _sweep_one(store, writer, organization, request_ids)
+    metrics.swept.inc(swept)
+    if unavailable is not None:
+        raise unavailable
+    return swept
+
+
+async def _sweep_one(
+    store: OpenEntries, writer: Writer, organization: OrganizationId, request_ids: Sequence[str]
+) -> int:
+    swept = 0
+    for ids in _parts(request_ids):
+        kept = await asyncio.gather(*(store.opened(organization, request_id) for request_id in ids))
+        estimates = [estimate_of(opened) for opened in kept if opened is not None]
+        await writer.write(Changes(entries=estimates))
+        swept += len(estimates)
     return swept
 
 

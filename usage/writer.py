@@ -21,7 +21,11 @@ TOGETHER_MAX: Final = 500
 RETRY_S: Final = 0.5
 GROUP_S: Final = 0.04
 """Between two writes, unless there is much to write: each costs the disk and the processor what 20 entries do."""
+UNWRITABLE: Final = (sqlite3.ProgrammingError, sqlite3.InterfaceError, sqlite3.DataError, sqlite3.IntegrityError)
+"""It is what is to be written that is wrong, and not the disk."""
 T = TypeVar("T")
+Part = tuple[Changes, asyncio.Future[None] | None]
+"""Changes, and who waits until they are on the disk."""
 
 
 class Writer:
@@ -49,7 +53,7 @@ class Writer:
         self._entries_max = entries_max
         self._retry_s = retry_s
         self._group_s = group_s
-        self._queue: deque[tuple[Changes, asyncio.Future[None] | None]] = deque()
+        self._queue: deque[Part] = deque()
         self._held = 0
         self._arrived = asyncio.Event()
         self._room = asyncio.Event()
@@ -85,10 +89,12 @@ class Writer:
         return safe
 
     async def call(self, work: Callable[[], T]) -> T:
-        """Do something with the spool, in its thread, until it can be done."""
+        """Do something with the spool, in its thread, until the disk lets it be done."""
         while True:
             try:
                 done = await asyncio.get_running_loop().run_in_executor(self._thread, work)
+            except UNWRITABLE:
+                raise
             except sqlite3.Error as error:
                 self._failed(error)
                 await asyncio.sleep(self._retry_s)
@@ -118,11 +124,11 @@ class Writer:
             if pause_s > 0 and self._held < TOGETHER_MAX:
                 await asyncio.sleep(pause_s)
             began_s = time.monotonic()
-            together, waiting = self._next()
-            fresh = await self.call(partial(self._spool.write, together))
+            together, parts = self._next()
+            fresh = await self._write(together, parts)
             self._hold(-together.size)
-            for future in waiting:
-                if not future.done():
+            for _, future in parts:
+                if future is not None and not future.done():
                     future.set_result(None)
             if fresh:
                 self._written(fresh)
@@ -145,17 +151,27 @@ class Writer:
         self._hold(changes.size)
         self._arrived.set()
 
-    def _next(self) -> tuple[Changes, list[asyncio.Future[None]]]:
-        """What is written in one go."""
-        together, waiting = Changes(), []
+    async def _write(self, together: Changes, parts: Sequence[Part]) -> list[Entry]:
+        """Write in one go; where something in it cannot be written ever, without that."""
+        try:
+            return await self.call(partial(self._spool.write, together))
+        except Exception as error:  # noqa: BLE001 - our bug or a stranger's value, and no reason to lose the others
+            if len(parts) > 1:
+                return [entry for part in parts for entry in await self._write(part[0], [part])]
+            self._metrics.malformed.inc()
+            self._log.exception("not_written", error=str(error), requests=[one.request_id for one in together.entries])
+            return []
+
+    def _next(self) -> tuple[Changes, list[Part]]:
+        """What is written in one go, and of what it consists."""
+        together, parts = Changes(), []
         while self._queue and together.size < TOGETHER_MAX:
-            changes, safe = self._queue.popleft()
-            together.add(changes)
-            if safe is not None:
-                waiting.append(safe)
+            part = self._queue.popleft()
+            together.add(part[0])
+            parts.append(part)
         if not self._queue:
             self._arrived.clear()
-        return together, waiting
+        return together, parts
 
     def _failed(self, error: sqlite3.Error) -> None:
         self._metrics.spool_errors.inc()

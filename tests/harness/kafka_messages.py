@@ -14,9 +14,11 @@ EVENTS = "audit.events.v1"
 
 def a_message(number: int, *, organizations: int = 50, topic: str = RECORDS, padding: int = 0) -> Message:
     """A usage record or audit event with this number, of one of so many organisations by turns."""
-    organization, id_name = f"org-{number % organizations}", "record_id" if topic == RECORDS else "event_id"
-    value = {id_name: f"id-{number}", "organization_id": organization, "n": number, "padding": "x" * padding}
-    return Message(id=f"id-{number}", topic=topic, key=organization, value=json.dumps(value).encode())
+    organization, name = f"org-{number % organizations}", f"id-{number}"
+    told = {"record_id": name, "revision": 1} if topic == RECORDS else {"event_id": name}
+    value = told | {"organization_id": organization, "n": number, "padding": "x" * padding}
+    message_id = f"{name}/1" if topic == RECORDS else name
+    return Message(id=message_id, topic=topic, key=organization, value=json.dumps(value).encode())
 
 
 def messages(count: int, *, start: int = 0, organizations: int = 50, padding: int = 0) -> list[Message]:

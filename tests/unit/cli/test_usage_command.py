@@ -24,7 +24,7 @@ from usage.operator_app import RECONCILIATION_PATH, SUMS_PATH
 COUNTS = Counts(
     completed=10,
     running=1,
-    journaled=10,
+    known=10,
     unaccounted=0,
     kinds={"forwarded": 9, "refused": 1},
     records=9,
@@ -121,7 +121,7 @@ def test_ledger_that_does_not_know_yet_is_asked_again(ledger: FakeLedger) -> Non
 
 
 def test_without_envoys_count_nobody_can_tell(ledger: FakeLedger) -> None:
-    ledger.answers = [(200, COUNTS | {"completed": None, "journaled": None, "unaccounted": None})]
+    ledger.answers = [(200, COUNTS | {"completed": None, "known": None, "unaccounted": None})]
     done = ledger.run("reconcile")
     assert done.exit_code == 1
     assert len(ledger.asked) == 1

@@ -19,7 +19,7 @@ from structlog.testing import capture_logs
 from gateway.telemetry import get_logger
 from tests.harness.kafka_messages import EVENTS, RECORDS, a_message, messages
 from usage.jsonl import HOUR_S, JsonlOutlet
-from usage.outlet import BATCH_MAX, Message
+from usage.outlet import BATCH_MAX, Message, record_message_id
 
 EIGHT: Final = datetime(2026, 11, 25, 8, 15, tzinfo=UTC).timestamp()
 
@@ -223,3 +223,16 @@ async def test_a_closed_outlet_takes_nothing(tmp_path: Path) -> None:
         await outlet.close()
         assert await outlet.deliver(messages(1)) == 0
     assert os.listdir(tmp_path) == []
+
+
+async def test_another_revision_of_a_record_is_no_repetition_of_it(tmp_path: Path) -> None:
+    def record(revision: int) -> Message:
+        value = json.dumps({"record_id": "id-1", "revision": revision, "n": revision}).encode()
+        return Message(id=record_message_id("id-1", revision), topic=RECORDS, key="acme", value=value)
+
+    async with an_outlet(tmp_path) as outlet:
+        assert await outlet.deliver([record(0)]) == 1
+        assert await outlet.deliver([record(0), record(1)]) == 2
+    async with an_outlet(tmp_path) as outlet:  # by what is in the file
+        assert await outlet.deliver([record(0), record(1)]) == 2
+    assert numbers(tmp_path) == {"2026-11-25T08": [0, 1]}

@@ -22,7 +22,7 @@ from usage.sums import PART, sum_records
 QUIET = Counts(
     completed=10,
     running=0,
-    journaled=10,
+    known=10,
     unaccounted=0,
     kinds={"forwarded": 7, "limited": 1, "refused": 1, "anonymous": 1},
     records=8,
@@ -50,12 +50,11 @@ def test_nothing_is_explained_where_nothing_differs() -> None:
 @pytest.mark.parametrize(
     ("changes", "reasons"),
     [
-        ({"completed": 13}, {"NOT_WRITTEN_YET": 3}),
-        ({"completed": 13, "unaccounted": 2}, {"NOT_WRITTEN_YET": 1, "UNACCOUNTED": 2}),
-        ({"completed": 13, "unaccounted": None}, {"NOT_WRITTEN_YET": 3}),
-        ({"completed": 4}, {"ENVOY_REPLACED": 6}),
-        ({"completed": None, "journaled": None, "unaccounted": None}, {"ENVOY_UNKNOWN": 0}),
-        ({"records": 9, "delivered": 9}, {"TOLD_BY_GRPC": 1}),
+        ({"completed": 13}, {"NOT_TOLD_YET": 3}),
+        ({"completed": 13, "unaccounted": 2}, {"NOT_TOLD_YET": 1, "UNACCOUNTED": 2}),
+        ({"completed": 13, "unaccounted": None}, {"NOT_TOLD_YET": 3}),
+        ({"completed": 9}, {}),
+        ({"completed": None, "known": None, "unaccounted": None}, {"ENVOY_UNKNOWN": 0}),
         ({"records": 7, "delivered": 7}, {"WITHOUT_RECORD": 1}),
         ({"records": 10, "estimates": 2, "delivered": 9}, {"ESTIMATES": 2, "REPLACED": 1}),
         ({"delivered": 5, "waiting": 3}, {"WAITING": 3}),
@@ -73,12 +72,12 @@ def test_every_difference_has_its_reason(changes: dict[str, Any], reasons: dict[
 
 
 class FakeReconciliation:
-    """Envoy has completed five requests and runs one; four are in the journal."""
+    """Envoy has completed five requests and runs one; four are known."""
 
     unaccounted: int | None = 0
 
     async def compare(self) -> tuple[EnvoyCount, int] | None:
-        return EnvoyCount(started_s=1, completed=5, running=1), 4
+        return EnvoyCount(started_us=1, at_us=2, ended=5, running=1), 4
 
 
 @pytest.fixture
@@ -93,8 +92,9 @@ async def kept(tmp_path: Path) -> AsyncIterator[tuple[Spool, Archive]]:
 async def test_counts_are_looked_up_afresh(kept: tuple[Spool, Archive]) -> None:
     spool, archive = kept
     estimate = an_entry("r-1", revision=0)
-    spool.write(Changes(entries=[estimate, an_entry("r-2"), an_entry("r-3", record=None, settlement=None)]))
-    spool.write(Changes(entries=[an_entry("r-1"), an_entry("r-2")], tallies=Counter(forwarded=2, refused=1)))
+    refused = an_entry("r-3", kind="refused", record=None, settlement=None, ended_us=3)
+    spool.write(Changes(entries=[estimate, an_entry("r-2", ended_us=2), refused]))
+    spool.write(Changes(entries=[an_entry("r-1", ended_us=1), an_entry("r-2", ended_us=2)]))
     spool.write(Changes(marks={RECORDS_MARK: 2, count_mark(RECORDS_MARK): 2}))
     spool.write(Changes(refused=[Refusal(stream=RECORDS_MARK, place=2, reason="NO")]))
 
@@ -111,7 +111,7 @@ async def test_counts_are_looked_up_afresh(kept: tuple[Spool, Archive]) -> None:
     assert await accounts.look() == Counts(
         completed=5,
         running=1,
-        journaled=4,
+        known=4,
         unaccounted=0,
         kinds={"forwarded": 2, "refused": 1},
         records=3,

@@ -113,7 +113,9 @@ async def running(directory: Path, outlets: dict[str, FakeOutlet], counted: Ledg
 
 
 def a_record(number: int, **changes: Any) -> Entry:
-    record = {"record_id": f"id-{number}", "api_key_id": "k-1", "model": "gpt-4o", "cost_micro_usd": 5}
+    revision = changes.get("revision", 1)
+    record = {"record_id": f"id-{number}", "revision": revision, "api_key_id": "k-1"}
+    record |= {"model": "gpt-4o", "cost_micro_usd": 5}
     return an_entry(f"r-{number}", **{"record": json.dumps(record), **changes})
 
 
@@ -122,7 +124,7 @@ def records(*numbers: int) -> Changes:
 
 
 def ids(*numbers: int) -> list[str]:
-    return [f"id-{number}" for number in numbers]
+    return [f"id-{number}/1" for number in numbers]
 
 
 # --- What is handed on.
@@ -137,7 +139,7 @@ async def test_record_is_handed_on_as_it_was_written(
         await until(lambda: outlets[RECORDS_MARK].taken)
     [message] = outlets[RECORDS_MARK].taken
     assert entry.record is not None
-    assert message == Message(id="id-1", topic=RECORDS_TOPIC, key="acme", value=entry.record.encode())
+    assert message == Message(id="id-1/1", topic=RECORDS_TOPIC, key="acme", value=entry.record.encode())
     assert value(counted.delivered, RECORDS_TOPIC) == 1
 
 
@@ -179,8 +181,9 @@ async def test_estimate_and_what_takes_its_place_are_both_handed_on_in_order(
         await ledger.write(Changes(entries=[a_record(1, revision=0)]))
         await until(lambda: outlets[RECORDS_MARK].taken)
         await ledger.write(records(2, 1))
-        await until(lambda: len(outlets[RECORDS_MARK].taken) == 3)
-    assert outlets[RECORDS_MARK].ids == ids(1, 2, 1)
+        await until(lambda: [len(outlets[mark].taken) for mark in (RECORDS_MARK, ALLOWED_MARK)] == [3, 3])
+    assert outlets[RECORDS_MARK].ids == ["id-1/0", "id-2/1", "id-1/1"]
+    assert outlets[ALLOWED_MARK].ids == ["r-1:allowed:estimated", "r-2:allowed", "r-1:allowed"]
 
 
 # --- In order, once, over restarts.
@@ -309,7 +312,7 @@ async def test_estimate_that_was_refused_is_forgotten_once_another_has_its_place
     tmp_path: Path, outlets: dict[str, FakeOutlet], counted: LedgerMetrics
 ) -> None:
     outlet = outlets[RECORDS_MARK]
-    outlet.refused = set(ids(1))
+    outlet.refused = {"id-1/0"}
     async with running(tmp_path, outlets, counted) as ledger:
         await ledger.write(Changes(entries=[a_record(1, revision=0)]))
         await until(lambda: ledger.delivery.refused == 1)

@@ -11,11 +11,10 @@ import httpx
 import pytest
 
 from gateway.telemetry import get_logger
-from tests.unit.usage.usage_builders import Told, a_spool, line_of, metrics, until
+from tests.unit.usage.usage_builders import START_S, Told, a_spool, line_of, metrics, until
 from usage.follow import JournalFollower, reopener
 from usage.intake import Intake
 from usage.journal_file import JournalFile, Position
-from usage.reconcile import Seen
 from usage.spool import Spool
 from usage.writer import Writer
 
@@ -46,9 +45,6 @@ class Ledger:
 
     def __init__(self, envoy: Envoy, spool: Spool, *, rotated_bytes: int) -> None:
         self.ids: list[str] = []
-        self.full = False
-        self.looks = 0
-        """How often it was asked whether there is room."""
         self.spool = spool
         self.writer = Writer(
             spool, written=self._written, metrics=metrics(), log=get_logger(), retry_s=0.001, group_s=0
@@ -58,7 +54,6 @@ class Ledger:
             self.writer,
             tried_s=lambda: None,
             running=lambda _: None,
-            seen=Seen(),
             metrics=metrics(),
             log=get_logger(),
         )
@@ -67,15 +62,11 @@ class Ledger:
             intake,
             self.writer,
             reopen=envoy.reopen,
-            is_full=self._is_full,
+            clock_s=lambda: float(START_S),
             metrics=metrics(),
             log=get_logger(),
             poll_s=0.001,
         )
-
-    def _is_full(self) -> bool:
-        self.looks += 1
-        return self.full
 
     def _written(self, entries: object) -> None:
         self.ids += [entry.request_id for entry in entries]  # type: ignore[attr-defined]
@@ -130,21 +121,6 @@ async def test_it_goes_on_after_a_restart_where_it_was(tmp_path: Path, envoy: En
     async with running(tmp_path, envoy) as ledger:
         await until(lambda: ledger.ids)
         assert ledger.ids == ["r-002"]
-
-
-async def test_nothing_is_taken_while_the_backlog_is_full(tmp_path: Path, envoy: Envoy) -> None:
-    envoy.write(*range(5))
-    async with running(tmp_path, envoy) as ledger:
-        await until(lambda: len(ledger.ids) == 5)
-        ledger.full = True
-        await until(lambda: not ledger.follower.caught_up.is_set())
-        envoy.write(*range(5, 10))
-        ledger.looks = 0
-        await until(lambda: ledger.looks > 5)
-        assert len(ledger.ids) == 5
-        assert not ledger.follower.caught_up.is_set()
-        ledger.full = False
-        await until(lambda: len(ledger.ids) == 10)
 
 
 async def test_file_is_rotated_again_and_again_and_no_line_is_lost(tmp_path: Path, envoy: Envoy) -> None:

@@ -22,6 +22,7 @@ from tests.unit.usage.usage_builders import (
     Told,
     a_running,
     a_spool,
+    an_entry,
     line_of,
     message_of,
     metrics,
@@ -31,8 +32,7 @@ from tests.unit.usage.usage_builders import (
 from usage.access_log import Batch, Running, decode
 from usage.intake import Intake
 from usage.metrics import LedgerMetrics
-from usage.reconcile import Seen
-from usage.spool import Spool
+from usage.spool import Changes, Spool
 from usage.writer import Writer
 
 
@@ -43,7 +43,6 @@ class Ledger:
         self.counted: LedgerMetrics = metrics()
         self.fresh: list[str] = []
         self.running: list[Running] = []
-        self.seen = Seen()
         self.tried_s: int | None = 5
         self.spool = spool
         self.writer = Writer(
@@ -53,7 +52,6 @@ class Ledger:
             self.writer,
             tried_s=lambda: self.tried_s,
             running=self.running.extend,
-            seen=self.seen,
             metrics=self.counted,
             log=get_logger(),
             recovered=recovered,
@@ -83,7 +81,7 @@ class Ledger:
 
     @property
     def counts(self) -> int:
-        return self.seen.of(START_S, now_s=START_S)
+        return sum(requests for [requests] in self.rows("requests", "ended"))
 
 
 @asynccontextmanager
@@ -145,10 +143,10 @@ async def test_both_ways_write_the_same(tmp_path: Path, way: str) -> None:
 
 
 @given(st.lists(st.tuples(st.sampled_from(["hear", "read"]), st.integers(0, 5)), max_size=20))
-def test_every_request_is_written_once_and_each_line_counted_once(
+def test_every_request_is_written_and_counted_once(
     tmp_path_factory: pytest.TempPathFactory, steps: list[tuple[str, int]]
 ) -> None:
-    read = list(dict.fromkeys(number for way, number in steps if way == "read"))
+    told_of = {number for _, number in steps}
 
     async def work() -> None:
         async with running(tmp_path_factory.mktemp("spool"), known_max=2) as ledger:
@@ -160,7 +158,7 @@ def test_every_request_is_written_once_and_each_line_counted_once(
                     lines.add(number)
                     await ledger.read(told(number))
             assert sorted(ledger.fresh) == sorted({f"r-{number}" for _, number in steps})
-            assert sum(ledger.tallies.values()) == len(read) == ledger.counts
+            assert sum(ledger.tallies.values()) == len(told_of) == ledger.counts
 
     asyncio.run(work())
 
@@ -186,23 +184,43 @@ async def test_more_than_is_remembered_is_taken_from_the_journal_again_and_count
 # --- What is counted.
 
 
-async def test_the_journal_alone_is_counted_by_kind(tmp_path: Path) -> None:
+async def test_requests_are_counted_by_kind_and_those_of_nobody_by_the_journal(tmp_path: Path) -> None:
     requests = [told(1), told(2, said=LIMITED), told(3, said=NOBODY), told(4, said=NOBODY)]
     async with running(tmp_path) as ledger:
         await ledger.hear(*requests)
-        assert ledger.tallies == {}
+        assert ledger.tallies == {"forwarded": 1, "limited": 1}
         await ledger.read(*requests)
         assert ledger.tallies == {"forwarded": 1, "limited": 1, "anonymous": 2}
         assert ledger.counts == 4
         assert ledger.rows("request_id") == [("r-1",), ("r-2",)]
 
 
+async def test_what_the_journal_will_not_tell_of_is_counted_all_the_same(tmp_path: Path) -> None:
+    """Envoy could not write, or has died before it did."""
+    async with running(tmp_path) as ledger:
+        await ledger.hear(told(1), told(2, said=NOBODY), told(3, said=NOBODY, started_ns=2 * START_S * 10**9))
+        ended_us = told(2).started_ns // 1000 + 1000 * told(2).duration_ms
+        ledger.intake.forget(ended_us)
+        assert ledger.intake.remembered == 3
+        ledger.intake.forget(ended_us + 1)
+        assert ledger.intake.remembered == 1
+        assert await ledger.writer.drain(10) == 0
+        assert ledger.tallies == {"forwarded": 1, "anonymous": 1}
+        assert ledger.counts == 2
+
+
+async def test_estimate_is_counted_once_its_end_is_told(tmp_path: Path) -> None:
+    async with running(tmp_path) as ledger:
+        await ledger.writer.write(Changes(entries=[an_entry("r-1", revision=0)]))
+        assert (ledger.tallies, ledger.counts) == ({}, 0)
+        await ledger.read(told(1))
+        assert (ledger.tallies, ledger.counts) == ({"forwarded": 1}, 1)
+
+
 async def test_place_in_the_journal_is_written_with_what_was_read(tmp_path: Path) -> None:
     async with running(tmp_path) as ledger:
         await (await ledger.intake.take_journal([line_of(told())], "77:5"))
         assert dict(ledger.rows("name, value", "marks"))["journal"] == "77:5"
-        kept = Seen(str(dict(ledger.rows("name, value", "marks"))["seen"]))
-        assert kept.of(START_S, now_s=START_S) == 1
 
 
 # --- Attempts, signs of life, what cannot be used.

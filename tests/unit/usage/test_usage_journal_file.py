@@ -281,44 +281,7 @@ def test_old_file_without_a_known_place_is_read_first(path: Path) -> None:
     assert everything(JournalFile(path, Position())) == [b"a", b"b", b"c"]
 
 
-# --- Read a second time.
-
-
-def again(path: Path, counted: Position) -> tuple[list[bytes], list[bytes]]:
-    """Everything from the beginning: the lines that were counted, and the others."""
-    journal, lines = JournalFile(path, Position(), counted=counted), ([], [])
-    while some := journal.read():
-        lines[not journal.was_counted].extend(some)
-    journal.close()
-    return lines
-
-
-@given(split=st.integers(1, len(LINES)))
-def test_what_was_counted_is_told_from_what_was_not(tmp_path_factory: pytest.TempPathFactory, split: int) -> None:
-    path = tmp_path_factory.mktemp("journal") / "requests.jsonl"
-    append(path, b"".join(line + b"\n" for line in LINES[:split]))
-    journal = JournalFile(path, Position())
-    everything(journal)
-    append(path, b"".join(line + b"\n" for line in LINES[split:]))
-    assert again(path, journal.position) == (LINES[:split], LINES[split:])
-    old(path).write_bytes(TEXT)
-    assert again(path, journal.position) == (LINES + LINES[:split], LINES[split:])
-
-
-def test_place_in_the_file_put_aside_leaves_the_new_one_to_be_counted(path: Path) -> None:
-    append(path, TEXT)
-    journal = JournalFile(path, Position())
-    everything(journal)
-    append(path, b"more\n")
-    path.rename(old(path))
-    append(path, b"new\n")
-    assert again(path, journal.position) == (LINES, [b"more", b"new"])
-
-
-def test_place_in_no_file_that_is_there_counts_for_nothing(path: Path) -> None:
-    append(path, TEXT)
-    assert again(path, Position(offset=len(TEXT), head=1)) == ([], LINES)
-    assert again(path, Position(offset=len(TEXT) + 1, head=1)) == ([], LINES)
+# --- What is left to read.
 
 
 def test_what_is_there_and_has_not_been_read_is_told(path: Path) -> None:

@@ -1,232 +1,276 @@
-"""Envoy's count and the journal's are of the same Envoy, whatever restarts."""
+"""Envoy's count and the ledger's are of the same Envoy and of the same moment, whatever restarts."""
 
 from __future__ import annotations
 
+import asyncio
+from collections.abc import AsyncIterator
+from datetime import UTC, datetime
+from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from gateway.telemetry import get_logger
-from tests.unit.usage.usage_builders import metrics, value
-from usage.reconcile import KEPT_S, LAG_S, SECONDS_MAX, Reconciliation, Seen
+from tests.unit.usage.usage_builders import a_spool, an_entry, metrics, value
+from usage.archive import Archive
+from usage.reconcile import KEPT_S, LAG_S, WORST_OF_S, Reconciliation
+from usage.record import MICRO
+from usage.spool import Changes
+from usage.writer import Writer
 
-COMPLETED = "http.public.downstream_rq_completed"
-
-# --- What the journal has told.
-
-
-def seen_at(*seconds: int, written: str = "") -> Seen:
-    seen = Seen(written)
-    for second in seconds:
-        seen.add(second)
-    return seen
-
-
-def test_requests_of_the_running_envoy_are_counted() -> None:
-    seen = seen_at(100, 100, 105)
-    assert seen.of(100, now_s=110) == 3
-    seen.add(111)
-    assert seen.of(100, now_s=112) == 4
-
-
-@pytest.mark.parametrize("drift", [-2, -1, 0, 1, 2])
-def test_envoy_whose_age_is_told_in_whole_seconds_is_the_same_one(drift: int) -> None:
-    seen = seen_at(100, 105)
-    assert seen.of(100, now_s=110) == 2
-    seen.add(111)
-    assert seen.of(100 + drift, now_s=112) == 3
-
-
-def test_requests_of_the_envoy_before_do_not_count() -> None:
-    seen = seen_at(100, 101)
-    assert seen.of(90, now_s=110) == 2
-    seen.add(111)
-    assert seen.of(120, now_s=121) == 0
-    seen.add(121)
-    seen.add(119)  # read late: it is the other one's
-    assert seen.of(120, now_s=122) == 1
-
-
-def test_requests_of_the_new_envoy_that_were_read_before_it_was_known_count() -> None:
-    seen = seen_at(100)
-    assert seen.of(90, now_s=101) == 1
-    for second in (118, 121, 122):
-        seen.add(second)
-    assert seen.of(120, now_s=123) == 2
-
-
-def test_what_is_known_survives_a_restart_of_the_ledger() -> None:
-    before = seen_at(100, 101)
-    assert before.of(90, now_s=102) == 2
-    before.add(103)
-    after = seen_at(104, written=before.written())
-    assert after.of(90, now_s=105) == 4
-    assert seen_at(written=after.written()).of(103, now_s=106) == 2
-
-
-@given(
-    st.lists(
-        st.one_of(
-            st.tuples(st.just("request"), st.integers(0, 3)),
-            st.tuples(st.just("look"), st.just(0)),
-            st.tuples(st.just("ledger restarts"), st.just(0)),
-            st.tuples(st.just("envoy restarts"), st.integers(3, 20)),
-        ),
-        max_size=60,
-    )
-)
-def test_count_is_right_whatever_restarts_whenever(steps: list[tuple[str, int]]) -> None:
-    """Requests are read as they end; the ledger looks now and then."""
-    seen, now_s, started_s, right = Seen(), 1000, 990, 0
-    for step, more in steps:
-        now_s += more
-        match step:
-            case "request":
-                seen.add(now_s)
-                right += 1
-            case "look":
-                assert seen.of(started_s, now_s=now_s) == right
-            case "ledger restarts":
-                seen = Seen(seen.written())
-            case _:
-                started_s, right, now_s = now_s + 3, 0, now_s + 3
-    assert seen.of(started_s, now_s=now_s) == right
-
-
-def test_little_is_remembered() -> None:
-    seen = Seen()
-    for second in range(10_000):
-        seen.add(second)
-        seen.of(0, now_s=second)
-    assert len(seen.written()) < 20 * KEPT_S
-
-
-def test_little_is_remembered_while_envoy_does_not_say_how_old_it_is() -> None:
-    seen = Seen()
-    for second in range(2 * SECONDS_MAX):
-        seen.add(second)
-    assert len(seen.written()) < 20 * SECONDS_MAX
-    assert seen.of(2 * SECONDS_MAX - 7, now_s=2 * SECONDS_MAX) == 7
-
-
-# --- The comparison.
+TOTAL = "http.public.downstream_rq_total"
+RUNNING = "http.public.downstream_rq_active"
+START_S = 1_800_000_000.0
 
 
 class Envoy:
     """An admin interface."""
 
     def __init__(self) -> None:
-        self.age_s = 10
-        self.completed: int | None = 0
+        self.started_s = START_S
+        self.total: int | None = 0
+        self.running = 0
         self.broken: dict[str, Any] = {}
 
     def __call__(self, request: httpx.Request) -> httpx.Response:
         if request.url.path in self.broken:
             return httpx.Response(200, content=self.broken[request.url.path])
-        if request.url.path == "/server_info":
-            return httpx.Response(200, json={"uptime_current_epoch": f"{self.age_s}s"})
-        stats = [{"histograms": {}}]
-        if self.completed is not None:
-            stats.append({"name": COMPLETED, "value": self.completed})
+        if request.url.path == "/config_dump":
+            assert request.url.params["mask"] == "last_updated"
+            started = datetime.fromtimestamp(self.started_s, UTC).strftime("%Y-%m-%dT%H:%M:%S.%f")[:-3] + "Z"
+            bootstrap = {"@type": "type.googleapis.com/envoy.admin.v3.BootstrapConfigDump", "last_updated": started}
+            return httpx.Response(200, json={"configs": [{"@type": "x/ClustersConfigDump"}, bootstrap]})
+        stats: list[dict[str, Any]] = [{"histograms": {}}]
+        if self.total is not None:
+            stats += [{"name": TOTAL, "value": self.total}, {"name": RUNNING, "value": self.running}]
         return httpx.Response(200, json={"stats": stats})
 
 
 class Ledger:
     """A reconciliation, and the time it goes by."""
 
-    def __init__(self) -> None:
+    def __init__(self, directory: Path) -> None:
         self.envoy = Envoy()
-        self.now_s = 1000.0
-        self.seen = Seen()
+        self.now_s = START_S + 10
+        self.is_caught_up = True
         self.counted = metrics()
-        self.reconciliation = Reconciliation(
-            self.seen,
+        self.spool = a_spool(directory)
+        self.archive = Archive(self.spool.path)
+        self.writer = Writer(
+            self.spool, written=lambda _: None, metrics=self.counted, log=get_logger(), retry_s=0.001, group_s=0
+        )
+        self.reconciliation = self.started()
+        self._told = 0
+
+    def started(self) -> Reconciliation:
+        return Reconciliation(
+            self.spool,
+            self.archive,
+            self.writer,
             httpx.AsyncClient(transport=httpx.MockTransport(self.envoy)),
             "127.0.0.1:9901",
+            caught_up=lambda: self.is_caught_up,
             metrics=self.counted,
             log=get_logger(),
             clock_s=lambda: self.now_s,
         )
 
-    def pass_s(self, seconds: int) -> None:
-        self.now_s += seconds
-        self.envoy.age_s += seconds
+    @property
+    def unaccounted(self) -> int | None:
+        return self.reconciliation.unaccounted
 
-    async def compare(self) -> tuple[int, int] | None:
+    def end(self, count: int = 1, *, told: bool = True) -> None:
+        """So many requests end now, and are told of."""
+        self.envoy.total = (self.envoy.total or 0) + count
+        if told:
+            self.tell(*[self.now_s] * count)
+
+    def tell(self, *ended_s: float) -> None:
+        ended_us = [round(at * MICRO) for at in ended_s]
+        self.spool.write(
+            Changes(entries=[an_entry(f"r-{self._told + n}", ended_us=at) for n, at in enumerate(ended_us)])
+        )
+        self._told += len(ended_us)
+
+    def restart_envoy(self) -> None:
+        self.now_s += 0.2
+        self.envoy.started_s = round(self.now_s, 3)
+        self.envoy.total = self.envoy.running = 0
+        self.now_s += 0.2
+
+    async def compare(self, after_s: float = 0) -> tuple[int, int] | None:
+        self.now_s += after_s
         found = await self.reconciliation.compare()
-        return None if found is None else (found[0].completed, found[1])
+        return None if found is None else (found[0].ended, found[1])
+
+    async def settled(self) -> int | None:
+        """What is unaccounted once everything had its time."""
+        self.now_s += LAG_S
+        await self.compare()
+        await self.compare(after_s=LAG_S + 1)
+        await self.compare(after_s=WORST_OF_S + LAG_S)
+        return self.unaccounted
+
+    def close(self) -> None:
+        self.archive.close()
+        self.writer.close()
+        self.spool.close()
 
 
 @pytest.fixture
-def ledger() -> Ledger:
-    return Ledger()
+async def ledger(tmp_path: Path) -> AsyncIterator[Ledger]:
+    opened = Ledger(tmp_path)
+    yield opened
+    opened.close()
 
 
-async def test_counts_are_of_the_same_envoy(ledger: Ledger) -> None:
-    ledger.envoy.completed = 2
-    ledger.seen.add(980)
-    ledger.seen.add(995)
-    assert await ledger.compare() == (2, 1)
-    assert ledger.reconciliation.unaccounted is None
-
-
-async def test_request_is_unaccounted_once_it_should_have_been_in_the_journal(ledger: Ledger) -> None:
-    ledger.envoy.completed = 3
-    ledger.seen.add(995)
+async def after_the_first(ledger: Ledger) -> None:
+    """From the first comparison on whatever is missing is known to be."""
     await ledger.compare()
-    ledger.pass_s(int(LAG_S) - 1)
-    await ledger.compare()
-    assert ledger.reconciliation.unaccounted is None
-    ledger.pass_s(1)
-    await ledger.compare()
-    assert ledger.reconciliation.unaccounted == value(ledger.counted.unaccounted) == 2
-    ledger.seen.add(996)
-    ledger.seen.add(997)
-    await ledger.compare()
-    assert ledger.reconciliation.unaccounted == value(ledger.counted.unaccounted) == 0
+    await ledger.compare(after_s=LAG_S)
+    assert ledger.unaccounted == 0
+    ledger.now_s += 1
 
 
-async def test_what_has_just_ended_is_not_unaccounted(ledger: Ledger) -> None:
-    for _ in range(10):
-        await ledger.compare()
-        ledger.pass_s(5)
-        ledger.envoy.completed = (ledger.envoy.completed or 0) + 7
-        await ledger.compare()
-        assert not ledger.reconciliation.unaccounted
-        for _ in range(7):
-            ledger.seen.add(int(ledger.now_s))
-    assert ledger.reconciliation.unaccounted == 0
+async def test_requests_that_were_told_of_are_accounted_for(ledger: Ledger) -> None:
+    await after_the_first(ledger)
+    ledger.end(3)
+    assert await ledger.compare() == (3, 3)
+    assert await ledger.settled() == value(ledger.counted.unaccounted) == 0
+
+
+async def test_request_is_unaccounted_once_it_should_have_been_told_of(ledger: Ledger) -> None:
+    await after_the_first(ledger)
+    ledger.end(1)
+    ledger.end(2, told=False)
+    ended_s = ledger.now_s
+    assert await ledger.compare() == (3, 1)
+    await ledger.compare(after_s=LAG_S - 1)
+    assert ledger.unaccounted == 0
+    await ledger.compare(after_s=1)
+    assert ledger.unaccounted == value(ledger.counted.unaccounted) == 2
+    ledger.tell(ended_s, ended_s)
+    assert await ledger.settled() == value(ledger.counted.unaccounted) == 0
+
+
+async def test_stream_that_runs_is_not_missed(ledger: Ledger) -> None:
+    await after_the_first(ledger)
+    ledger.envoy.total, ledger.envoy.running = 2, 2
+    assert await ledger.settled() == 0
+    assert await ledger.compare() == (0, 0)
+
+
+@pytest.mark.parametrize("lost", [0, 1, 3])
+async def test_loss_shows_while_others_end_all_the_time(ledger: Ledger, lost: int) -> None:
+    await after_the_first(ledger)
+    ledger.end(lost, told=False)
+    for _ in range(40):
+        ledger.now_s += 0.1
+        ledger.end(50)
+        await ledger.compare(after_s=0.7)
+        assert ledger.unaccounted in {0, lost}
+    assert ledger.unaccounted == lost
+
+
+async def test_nothing_is_said_while_the_journal_is_not_read_to_its_end(ledger: Ledger) -> None:
+    await after_the_first(ledger)
+    ledger.is_caught_up = False
+    ended_s = ledger.now_s
+    ledger.end(5, told=False)
+    assert await ledger.settled() == 0
+    ledger.tell(*[ended_s] * 5)
+    ledger.is_caught_up = True
+    assert await ledger.settled() == 0
 
 
 async def test_another_envoy_is_not_held_against_the_one_before(ledger: Ledger) -> None:
-    ledger.envoy.completed = 5
-    for _ in range(5):
-        ledger.seen.add(995)
+    await after_the_first(ledger)
+    ledger.end(5)
+    ledger.end(1, told=False)  # it dies with it
     await ledger.compare()
-    ledger.pass_s(20)
-    ledger.envoy.age_s, ledger.envoy.completed = 5, 1
-    ledger.seen.add(1016)
+    before_s = ledger.now_s
+    ledger.restart_envoy()
+    ledger.tell(before_s, before_s)  # read late
+    ledger.end(1)
     assert await ledger.compare() == (1, 1)
-    ledger.pass_s(20)
-    await ledger.compare()
-    assert ledger.reconciliation.unaccounted == 0
+    ledger.end(2, told=False)
+    assert await ledger.settled() == 2
 
 
-async def test_envoy_that_has_completed_nothing_has_no_counter(ledger: Ledger) -> None:
-    ledger.envoy.completed = None
+async def test_what_was_counted_is_folded_and_stays_known(ledger: Ledger) -> None:
+    await after_the_first(ledger)
+    total = 0
+    for _ in range(100):
+        ledger.end(2)
+        total += 2
+        await ledger.compare(after_s=5)
+    assert await ledger.compare() == (total, total)
+    [(rows,)] = await ledger.archive.call(lambda db: db.execute("SELECT count(*) FROM ended").fetchall())
+    assert rows <= (KEPT_S + LAG_S) / 5 + 2
+    ledger.tell(ledger.now_s - 400)  # later than any journal
+    ledger.envoy.total = total + 1
+    assert await ledger.settled() == 0
+
+
+async def test_after_the_spool_was_lost_counts_begin_anew(ledger: Ledger) -> None:
+    ledger.envoy.total = 1000
+    ledger.tell(ledger.now_s, ledger.now_s)
+    await after_the_first(ledger)
+    ledger.end(3)
+    assert await ledger.compare() == (1003, 1003)
+    ledger.end(1, told=False)
+    assert await ledger.settled() == 1
+
+
+@settings(max_examples=30, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    steps=st.lists(
+        st.sampled_from(["request", "lost", "look", "ledger restarts", "envoy restarts", "time passes"]), max_size=40
+    )
+)
+def test_count_is_right_whatever_restarts_whenever(tmp_path_factory: pytest.TempPathFactory, steps: list[str]) -> None:
+    async def work() -> None:
+        ledger, lost = Ledger(tmp_path_factory.mktemp("spool")), 0
+        await after_the_first(ledger)
+        for step in steps:
+            match step:
+                case "request":
+                    ledger.end()
+                case "lost":
+                    ledger.end(told=False)
+                    lost += 1
+                case "look":
+                    await ledger.compare(after_s=1)
+                case "ledger restarts":
+                    ledger.reconciliation = ledger.started()
+                case "envoy restarts":
+                    ledger.restart_envoy()
+                    lost = 0
+                case _:
+                    ledger.now_s += 50
+        assert await ledger.settled() == lost
+        ledger.close()
+
+    asyncio.run(work())
+
+
+async def test_envoy_that_has_seen_nothing_has_no_counter(ledger: Ledger) -> None:
+    ledger.envoy.total = None
     assert await ledger.compare() == (0, 0)
 
 
 @pytest.mark.parametrize(
     ("path", "answer"),
     [
-        ("/server_info", b"no json"),
-        ("/server_info", b"{}"),
-        ("/server_info", b'{"uptime_current_epoch": "long"}'),
-        ("/server_info", b"[]"),
+        ("/config_dump", b"no json"),
+        ("/config_dump", b"{}"),
+        ("/config_dump", b'{"configs": []}'),
+        ("/config_dump", b'{"configs": [{"@type": "BootstrapConfigDump"}]}'),
+        ("/config_dump", b'{"configs": [{"@type": "BootstrapConfigDump", "last_updated": "long ago"}]}'),
+        ("/config_dump", b"[]"),
         ("/stats", b"no json"),
         ("/stats", b"{}"),
         ("/stats", b'{"stats": [1]}'),
@@ -235,4 +279,4 @@ async def test_envoy_that_has_completed_nothing_has_no_counter(ledger: Ledger) -
 async def test_answer_that_says_nothing_changes_nothing(ledger: Ledger, path: str, answer: bytes) -> None:
     ledger.envoy.broken = {path: answer}
     assert await ledger.compare() is None
-    assert ledger.reconciliation.unaccounted is None
+    assert ledger.unaccounted is None

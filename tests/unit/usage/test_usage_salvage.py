@@ -20,15 +20,13 @@ from limits.model import Settlement
 from tests.unit.usage.usage_builders import START_S, Told, an_entry, an_event, line_of, metrics
 from usage.intake import Intake
 from usage.journal_file import JournalFile, Position
-from usage.reconcile import Seen
-from usage.salvage import Opened, committed_frames, mark_damaged, open_spool, take_over
+from usage.salvage import Opened, committed_frames, keep_copy, mark_damaged, open_spool, take_over
 from usage.spool import (
     ALLOWED_MARK,
-    COUNTED_MARK,
     EVENTS_MARK,
     JOURNAL_MARK,
     RECORDS_MARK,
-    SEEN_MARK,
+    RECOVERING_MARK,
     Changes,
     Spool,
 )
@@ -78,19 +76,18 @@ async def read_journal(opened: Opened, journal: Path) -> None:
         writer,
         tried_s=lambda: 2 * START_S,
         running=lambda _: None,
-        seen=Seen(str(spool.mark("seen", ""))),
         metrics=metrics(),
         log=LOG,
         recovered=opened.damaged,
     )
-    at, counted = (Position.read(str(spool.mark(mark, ""))) for mark in (JOURNAL_MARK, COUNTED_MARK))
-    file = JournalFile(journal, at, counted=counted)
+    file = JournalFile(journal, Position.read(str(spool.mark(JOURNAL_MARK, ""))))
     running = asyncio.create_task(writer.run())
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("usage.journal_file.READ_MAX_BYTES", AT_ONCE * len(line_of(told(REQUESTS))))
         while lines := file.read():
             position = file.position.written()
-            await (await intake.take_journal(lines, position, counted=file.was_counted))
+            await (await intake.take_journal(lines, position))
+    await writer.write(Changes(marks={RECOVERING_MARK: 0}))
     running.cancel()
     writer.close()
     file.close()
@@ -125,7 +122,6 @@ def everything_is_there(killed: Ledger) -> Opened:
     asyncio.run(read_journal(opened, killed.journal))
     found = Counter(row[1] for row in rows(killed.spool, "requests"))
     assert found == Counter(f"r-{number}" for number in range(REQUESTS))
-    assert rows(killed.spool, "tallies") == [("forwarded", REQUESTS)]
     settlements = [entry.settlement for entry in opened.spool.unsettled(most=10 * REQUESTS)]
     assert sum(s.tokens for s in settlements if isinstance(s, Settlement)) == sum(range(REQUESTS))
     opened.spool.close()
@@ -296,6 +292,37 @@ def test_start_that_was_killed_while_it_replaced_the_spool_is_finished_by_the_ne
     assert not list(killed.spool.parent.glob("*.taken-over*"))
 
 
+def test_start_is_one_after_damage_until_the_journal_was_read(killed: Ledger) -> None:
+    """Until then the limit store may know of requests that the spool does not."""
+    killed.spool.unlink()
+    killed.wal.unlink()
+    for _ in range(2):
+        opened = open_spool(killed.spool, journal=killed.journal, log=LOG)
+        assert opened.damaged
+        opened.spool.close()
+    assert everything_is_there(killed).damaged
+    opened = open_spool(killed.spool, journal=killed.journal, log=LOG)
+    assert not opened.damaged
+    opened.spool.close()
+
+
+def test_everything_is_kept_of_a_file_that_was_removed_while_it_was_open(killed: Ledger) -> None:
+    spool = open_spool(killed.spool, journal=killed.journal, log=LOG).spool
+    assert not spool.is_gone()
+    killed.spool.unlink()
+    assert spool.is_gone()
+    killed.spool.write_bytes(b"another")
+    assert spool.is_gone()
+    killed.journal.unlink()  # so that nothing can come from elsewhere
+    keep_copy(spool)
+    spool.close()
+    opened = open_spool(killed.spool, journal=killed.journal, log=LOG)
+    assert opened.damaged
+    assert len(request_ids(killed.spool)) == REQUESTS
+    assert not opened.spool.is_gone()
+    opened.spool.close()
+
+
 def test_spool_stays_where_it_is_while_there_is_no_room_to_take_it_over(
     killed: Ledger, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -348,16 +375,6 @@ def test_journal_is_read_again_after_a_file_was_taken_over(other: Spool, fresh: 
     take_over(fresh.path, other.path)
     assert fresh.mark("journal", "") == ""
     assert fresh.mark(RECORDS_MARK, 0) == 1
-
-
-@pytest.mark.parametrize(("mark", "kept"), [(COUNTED_MARK, [("forwarded", 3)]), (RECORDS_MARK, [])])
-def test_counts_are_kept_if_it_is_known_what_they_counted(
-    other: Spool, fresh: Spool, mark: str, kept: list[tuple[str, int]]
-) -> None:
-    other.write(Changes(tallies=Counter({"forwarded": 3}), marks={mark: "70:8", SEEN_MARK: "{}"}))
-    take_over(fresh.path, other.path)
-    assert rows(fresh.path, "tallies") == kept
-    assert fresh.mark(SEEN_MARK, "") == ("{}" if kept else "")
 
 
 @pytest.mark.parametrize("mark", [RECORDS_MARK, ALLOWED_MARK])

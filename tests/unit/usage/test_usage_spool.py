@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sqlite3
-from collections import Counter
+import time
 from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
@@ -13,7 +13,18 @@ import pytest
 
 from gateway.audit import AuditAction
 from tests.unit.usage.usage_builders import START_S, a_settlement, a_spool, an_attempt, an_entry, an_event
-from usage.spool import ALLOWED_MARK, EVENTS_MARK, EXPIRE, POLICY_MARK, RECORDS_MARK, Changes, Refusal, Spool
+from usage.spool import (
+    _PRUNE_EVENTS,
+    _PRUNE_REQUESTS,
+    ALLOWED_MARK,
+    EVENTS_MARK,
+    EXPIRE,
+    POLICY_MARK,
+    RECORDS_MARK,
+    Changes,
+    Refusal,
+    Spool,
+)
 
 US = START_S * 1_000_000
 
@@ -42,10 +53,10 @@ def ids(spool: Spool) -> list[str]:
 def test_everything_is_written_together(spool: Spool) -> None:
     fresh = spool.write(
         Changes(
-            entries=[an_entry("r-1"), an_entry("r-2", settlement=None, record=None, kind="refused")],
+            entries=[an_entry("r-1", ended_us=19_999), an_entry("r-2", settlement=None, record=None, kind="refused")],
+            anonymous=[20_000, 29_000],
             attempts=[an_attempt(flags=("UF", "URX"))],
             events=[an_event()],
-            tallies=Counter(forwarded=2),
             marks={"journal": "7:8"},
             policies=[("0a", "{}")],
         )
@@ -54,7 +65,8 @@ def test_everything_is_written_together(spool: Spool) -> None:
     assert ids(spool) == ["r-1", "r-2"]
     assert [row[4] for row in rows(spool, "attempts")] == ["UF,URX"]
     assert [row[1] for row in rows(spool, "events")] == ["e-1"]
-    assert dict(rows(spool, "tallies")) == {"forwarded": 2}
+    assert dict(rows(spool, "tallies")) == {"forwarded": 1, "anonymous": 2}
+    assert rows(spool, "ended") == [(1, 1), (2, 2)]
     assert spool.mark("journal", "") == "7:8"
     assert rows(spool, "policies") == [("0a", "{}")]
 
@@ -70,7 +82,7 @@ def test_everything_is_written_together(spool: Spool) -> None:
 )
 def test_nothing_is_written_of_what_cannot_all_be(spool: Spool, broken: Changes) -> None:
     spool.write(Changes(entries=[an_entry("r-1")], marks={"m": 1}))
-    good = Changes(entries=[an_entry("r-0")], tallies=Counter(forwarded=1))
+    good = Changes(entries=[an_entry("r-0")])
     good.add(broken)
     with pytest.raises((sqlite3.Error, OverflowError, TypeError)):
         spool.write(good)
@@ -80,10 +92,12 @@ def test_nothing_is_written_of_what_cannot_all_be(spool: Spool, broken: Changes)
     assert [entry.request_id for entry in spool.write(Changes(entries=[an_entry("r-3")]))] == ["r-3"]
 
 
-def test_tallies_add_up_and_the_last_mark_stands(spool: Spool) -> None:
+def test_requests_are_counted_once_and_the_last_mark_stands(spool: Spool) -> None:
     for number in range(3):
-        spool.write(Changes(tallies=Counter(forwarded=2, limited=number), marks={"m": number}))
-    assert dict(rows(spool, "tallies")) == {"forwarded": 6, "limited": 3}
+        entries = [an_entry(f"r-{n}", kind="limited" if n else "forwarded", ended_us=1) for n in range(number + 1)]
+        spool.write(Changes(entries=entries, marks={"m": number}))
+    assert dict(rows(spool, "tallies")) == {"forwarded": 1, "limited": 2}
+    assert rows(spool, "ended") == [(0, 3)]
     assert spool.mark("m", None) == 2
     assert spool.mark("other", "none") == "none"
 
@@ -233,3 +247,34 @@ def test_places_are_never_used_again(spool: Spool) -> None:
     assert spool.prune(before_us=2**60) == 5
     spool.write(Changes(entries=[an_entry("r-5")]))
     assert [row[0] for row in rows(spool, "requests")] == [6]
+
+
+@pytest.mark.parametrize("query", [_PRUNE_REQUESTS, _PRUNE_EVENTS])
+def test_what_is_young_is_not_looked_at(spool: Spool, query: str) -> None:
+    """It is nearly all of it, and whoever writes waits meanwhile."""
+    plan = spool._db.execute(f"EXPLAIN QUERY PLAN {query}", [0] * query.count("?")).fetchall()
+    steps = [step[3] for step in plan if "requests" in step[3] or "events" in step[3]]
+    assert any("USING INDEX requests_started (started_us<?)" in step or "events_created" in step for step in steps)
+    assert not any(step.startswith("SCAN") for step in steps)
+
+
+def test_estimate_that_the_store_may_have_taken_long_ago_is_not_charged_again(spool: Spool) -> None:
+    """Its end is told of a day later, when the store has forgotten that it has charged what was reserved."""
+    estimate = an_entry("r-1", revision=0, settlement=EXPIRE)
+    spool.write(Changes(entries=[estimate]))
+    spool.write(Changes(tried=[(7, estimate)], settled=[estimate]))
+    [fresh] = spool.write(Changes(entries=[an_entry("r-1", tried_s=100_000)]))
+    assert fresh.tried_s == 7
+    assert [entry.tried_s for entry in spool.unsettled(most=1)] == [7]
+
+
+def test_whoever_reads_does_not_hold_up_a_checkpoint(spool: Spool) -> None:
+    spool.write(Changes(entries=[an_entry("r-1")]))
+    with closing(sqlite3.connect(spool.path, isolation_level=None)) as reader:
+        reader.execute("BEGIN")
+        reader.execute("SELECT count(*) FROM requests").fetchone()
+        spool.write(Changes(entries=[an_entry("r-2")]))
+        started_s = time.monotonic()
+        assert not spool.checkpoint()
+        assert time.monotonic() - started_s < 1
+    assert spool.checkpoint()

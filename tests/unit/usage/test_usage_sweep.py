@@ -31,6 +31,7 @@ class OpenEntries:
         self.overdue_ids: dict[str, list[str]] = {}
         self.ended: set[str] = set()
         self.down = False
+        self.unavailable: set[str] = set()
         self.at_once = 0
         self.most_at_once = 0
 
@@ -41,6 +42,8 @@ class OpenEntries:
 
     async def overdue(self, organization_id: OrganizationId, /, *, most: int) -> tuple[str, ...]:
         await self._call()
+        if organization_id in self.unavailable:
+            raise StoreUnavailable("that shard is down")
         return tuple(self.overdue_ids[organization_id][:most])
 
     async def opened(self, organization_id: OrganizationId, request_id: str, /) -> Opened | None:
@@ -150,7 +153,9 @@ async def test_nothing_is_swept_before_everything_that_was_told_has_been_read(
         looks.append(caught_up)
         return caught_up
 
-    arguments: dict[str, Any] = {"caught_up": has_caught_up, "metrics": counted, "log": get_logger()}
+    told_to_settle: list[bool] = []
+    arguments: dict[str, Any] = {"may": has_caught_up, "settle": lambda: told_to_settle.append(True)}
+    arguments |= {"metrics": counted, "log": get_logger()}
     async with running(tmp_path) as ledger:
         sweeping = asyncio.create_task(sweep_every(0.001, store, ledger.writer, **arguments))
         await until(lambda: len(looks) > 5)
@@ -159,5 +164,33 @@ async def test_nothing_is_swept_before_everything_that_was_told_has_been_read(
         await until(lambda: True in looks)
         store.down = False
         await until(lambda: ledger.written)
+        await until(lambda: told_to_settle)
         sweeping.cancel()
     assert [entry.request_id for entry in ledger.written] == ["r-1"]
+
+
+async def test_what_was_settled_and_is_open_again_is_settled_again(
+    tmp_path: Path, store: OpenEntries, counted: LedgerMetrics
+) -> None:
+    """The store has lost what it had acknowledged."""
+    store.overdue_ids = {"acme": ["told", "estimated"]}
+    told, estimated = an_entry("told"), an_entry("estimated", revision=0)
+    async with running(tmp_path) as ledger:
+        await ledger.writer.write(Changes(entries=[told, estimated], settled=[told, estimated]))
+        assert await ledger.writer.call(lambda: ledger.spool.unsettled(most=9)) == []
+        assert await sweep(store, ledger.writer, metrics=counted) == 2
+        kept = await ledger.writer.call(lambda: ledger.spool.unsettled(most=9))
+    assert [(entry.request_id, entry.revision) for entry in kept] == [("told", 1), ("estimated", 0)]
+
+
+async def test_part_of_the_store_that_is_down_does_not_keep_the_others_from_being_swept(
+    tmp_path: Path, store: OpenEntries, counted: LedgerMetrics
+) -> None:
+    store.overdue_ids = {"acme": ["r-1"], "down": ["r-2"], "other": ["r-3"]}
+    store.unavailable = {"down"}
+    async with running(tmp_path) as ledger:
+        with pytest.raises(StoreUnavailable):
+            await sweep(store, ledger.writer, metrics=counted)
+        await until(lambda: len(ledger.written) == 2)
+    assert [entry.request_id for entry in ledger.written] == ["r-1", "r-3"]
+    assert value(counted.swept) == 2

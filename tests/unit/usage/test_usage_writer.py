@@ -296,3 +296,26 @@ async def test_written_through_waits_for_whoever_reads(tmp_path: Path, counted: 
             reader.execute("ROLLBACK")
             await writing
         assert (tmp_path / "usage.db-wal").stat().st_size == 0
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [Changes(marks={"m": object()}), entries(2), Changes(events=[an_event(created_at=float("inf"))])],  # type: ignore[dict-item]
+    ids=["a mark that is no value", "an entry too large", "an event at no time"],
+)
+async def test_what_can_never_be_written_does_not_hold_up_the_others(
+    tmp_path: Path, counted: LedgerMetrics, told: Told, wrong: Changes
+) -> None:
+    if wrong.entries:
+        wrong = Changes(entries=[an_entry("r-2", started_us=2**70)])
+    spool = SlowSpool(tmp_path / "usage.db")
+    spool.may.clear()
+    async with running(spool, counted, told) as writer:
+        writer.insist(entries(0))
+        for changes in (entries(1), wrong, entries(3)):  # written together
+            writer.insist(changes)
+        spool.may.set()
+        await writer.write(Changes())
+        assert told.ids == in_file(spool) == ["r-0", "r-1", "r-3"]
+        assert writer.held == 0
+    assert value(counted.malformed) == 1

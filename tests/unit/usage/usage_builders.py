@@ -225,7 +225,7 @@ def an_entry(request_id: str = REQUEST_ID, **changes: Any) -> Entry:
         "organization_id": "acme",
         "kind": "forwarded",
         "started_us": START_S * 1_000_000,
-        "record": json.dumps({"record_id": f"record of {request_id}", "api_key_id": "k-1"}),
+        "record": json.dumps({"record_id": f"record of {request_id}", "revision": 1, "api_key_id": "k-1"}),
         "told": "{}",
         "settlement": a_settlement(request_id),
     }
