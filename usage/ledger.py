@@ -260,8 +260,9 @@ class Ledger:
 
     def _may_sweep(self) -> bool:
         """Whether what is overdue is so because nobody has heard of it, and not because nobody could have been told."""
-        heard_s = time.monotonic() - self._up_since.at_s
-        return self.follower.caught_up.is_set() and heard_s > SIGNS * self._settings.sign_of_life_s
+        settings = self._settings
+        silent_s = min(SIGNS * settings.sign_of_life_s, settings.limit_overdue_s)
+        return self.follower.caught_up.is_set() and time.monotonic() > self._up_since.at_s + silent_s
 
     async def _watch_spool(self) -> None:
         """A file that was removed or replaced goes on taking what is written, and has it as long as it is open."""

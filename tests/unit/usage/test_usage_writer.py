@@ -15,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gateway.telemetry import get_logger
-from tests.unit.usage.usage_builders import a_spool, an_attempt, an_entry, metrics, until, value
+from tests.unit.usage.usage_builders import a_spool, an_attempt, an_entry, an_event, metrics, until, value
 from usage.metrics import LedgerMetrics
 from usage.spool import Changes, Entry, Spool
 from usage.writer import TOGETHER_MAX, Writer
