@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import resource
 import signal
+import sqlite3
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -142,4 +143,19 @@ def test_a_spool_found_damaged_at_work_is_made_whole_without_a_hand(stack: Stack
     assert '"spool_damaged_at_work"' in stack.usage.log()
     metrics = stack.http.get(f"{stack.usage_url}/metrics").text
     assert "router_usage_spool_recovered_total 1.0" in metrics
+    eventually(lambda: _readiness(stack) == ("", 200), "nothing is left to warn of")
+
+
+def test_a_spool_whose_file_is_removed_is_written_anew_with_everything_in_it(stack: Stack) -> None:
+    used = serve(stack, 30)
+    all_is_recorded(stack, used)
+    for name in ("usage.db", "usage.db-wal", "usage.db-shm"):
+        (stack.directory / name).unlink()
+    used |= serve(stack, 20)
+    eventually(lambda: '"spool_replaced"' in stack.usage.log(), "the ledger has noticed")
+    used |= serve(stack, 20)
+    all_is_recorded(stack, used)
+    assert '"spool_gone"' in stack.usage.log()
+    with sqlite3.connect(f"file:{stack.directory / 'usage.db'}?mode=ro", uri=True) as db:
+        assert {row[0] for row in db.execute("SELECT request_id FROM requests")} >= set(used)
     eventually(lambda: _readiness(stack) == ("", 200), "nothing is left to warn of")
