@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Final
 
@@ -45,6 +45,14 @@ class TokenUsage:
     tokens_output: int
     tokens_input_cached: int = 0
     tokens_output_reasoning: int = 0
+
+    def within(self) -> TokenUsage:
+        """No more cached tokens than input, and no more reasoning tokens than output, whatever a backend says."""
+        cached = min(self.tokens_input_cached, self.tokens_input)
+        reasoning = min(self.tokens_output_reasoning, self.tokens_output)
+        if (cached, reasoning) == (self.tokens_input_cached, self.tokens_output_reasoning):
+            return self
+        return replace(self, tokens_input_cached=cached, tokens_output_reasoning=reasoning)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

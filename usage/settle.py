@@ -38,6 +38,7 @@ def used(finished: Finished) -> Used:
         Malformed: its prices cannot be read.
     """
     tokens, source = _tokens(finished)
+    tokens = tokens.within()
     prices = prices_of(finished.prices)
     # A backend that was no candidate at the admission, because the policy has changed since, costs no less.
     price = prices.get(finished.backend) or dearest(prices.values())
@@ -57,9 +58,8 @@ def _tokens(finished: Finished) -> tuple[TokenUsage, Source | None]:
         counted = finished.counted
         if counted is None or finished.reported.tokens_input:
             return finished.reported, "provider"
-        # A backend that reports one number, of the answer: the question has been counted here.
-        reported = finished.reported
-        return TokenUsage(tokens_input=counted.tokens_input, tokens_output=reported.tokens_output), "provider"
+        # A backend that tells of the answer alone: the question has been counted here.
+        return replace(finished.reported, tokens_input=counted.tokens_input), "provider"
     if not finished.backend or not 0 < finished.status < _FAILED_FROM:
         return _NOTHING, None
     cut = not CUT.isdisjoint(finished.flags)

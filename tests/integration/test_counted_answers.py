@@ -16,6 +16,8 @@ from limits.model import LimitKind
 from tests.harness.access_log import AccessLog, access_log_of
 from tests.harness.calls import CHAT, COMPLETIONS, EMBEDDINGS, INFERENCE, call, chat, inference
 from tests.harness.stack import Stack, model_of, policy_of, running_stack
+from usage.access_log import decode
+from usage.settle import used
 
 pytestmark = pytest.mark.integration
 
@@ -193,6 +195,19 @@ ODD_USAGES: dict[str, dict[str, Any]] = {
     "fractions": {"usage": {"prompt_tokens": 3.7, "completion_tokens": 5.2}},
     "negative": {"usage": {"prompt_tokens": -3, "completion_tokens": 5}},
     "no input": {"usage": {"completion_tokens": 5}},
+    "no input, but details": {
+        "usage": {
+            "completion_tokens": 50,
+            "prompt_tokens_details": {"cached_tokens": 2},
+            "completion_tokens_details": {"reasoning_tokens": 20},
+        }
+    },
+    "more cached than input": {
+        "usage": {"prompt_tokens": 3, "completion_tokens": 5, "prompt_tokens_details": {"cached_tokens": 50}}
+    },
+    "more reasoning than output": {
+        "usage": {"prompt_tokens": 3, "completion_tokens": 5, "completion_tokens_details": {"reasoning_tokens": 50}}
+    },
     "no output": {"usage": {"prompt_tokens": 5}},
     "booleans": {"usage": {"prompt_tokens": True, "completion_tokens": 5}},
     "too large": {"usage": {"prompt_tokens": 10**10, "completion_tokens": 5}},
@@ -222,6 +237,10 @@ def test_what_a_client_is_told_is_what_the_log_has(
     else:
         charged = counted(log, response) or (-1, -1)
     assert (usage["tokens_input"], usage["tokens_output"]) == charged
+    [finished] = decode(told.message).finished
+    use = used(finished)
+    assert (use.tokens.tokens_input, use.tokens.tokens_output) == charged
+    assert use.micro_usd / 1_000_000 == usage["cost_usd"]
 
 
 # --- Backends that report no usage.

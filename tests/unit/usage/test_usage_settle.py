@@ -185,6 +185,38 @@ def test_sum_of_costs_is_at_most_a_micro_dollar_a_request_above_what_is_exact(of
 # --- What closes the ledger entry.
 
 
+COUNTED = st.none() | st.builds(a_usage, COUNTS, COUNTS)
+
+
+@given(USAGES, COUNTED)
+def test_details_are_never_more_than_what_they_are_part_of(reported: Any, counted: Any) -> None:
+    """So what finance works out of a record, by the difference, is never less than nothing."""
+    tokens = used(a_finished(reported=reported, counted=counted)).tokens
+    assert 0 <= tokens.tokens_input_cached <= tokens.tokens_input
+    assert 0 <= tokens.tokens_output_reasoning <= tokens.tokens_output
+
+
+@given(PRICES, USAGES, COUNTED)
+def test_cost_follows_from_the_tokens_of_the_record(of: Price, reported: Any, counted: Any) -> None:
+    use = used(a_finished(prices=priced(a=of), reported=reported, counted=counted))
+    exact = exact_micro_usd(of, use.tokens)
+    assert exact <= use.micro_usd < exact + 1
+
+
+@pytest.mark.parametrize(
+    ("reported", "expected"),
+    [
+        (a_usage(3, 5, cached=50), a_usage(3, 5, cached=3)),
+        (a_usage(3, 5, reasoning=50), a_usage(3, 5, reasoning=5)),
+        (a_usage(0, 5, cached=2, reasoning=4), a_usage(7, 5, cached=2, reasoning=4)),
+        (a_usage(0, 5, cached=50), a_usage(7, 5, cached=7)),
+    ],
+    ids=["more cached than input", "more reasoning than output", "details without input", "more than was counted"],
+)
+def test_details_of_a_report_are_kept_as_far_as_they_can_be(reported: Any, expected: Any) -> None:
+    assert used(a_finished(reported=reported, counted=a_usage(7, 9))).tokens == expected
+
+
 def test_settlement_is_what_was_used() -> None:
     finished = a_finished(reported=a_usage(10, 5))
     settlement = settlement_of(finished, used(finished))
