@@ -177,7 +177,7 @@ async def limit(
         admission = await _admit(limiter, limiter.store, demand, limits)
     except StoreUnavailable as error:
         _without_store(limiter, demand, limits, error)
-        return _grant(limits, costs, ask, asked, demand=demand, admitted=None)
+        return _grant(limits, costs, ask, asked, demand=demand, admitted=int(limiter.clock_s() * 1000))
     admitted = admitted_or_refused(admission)
     if isinstance(admitted, StoredAnswer):
         return admitted
@@ -218,13 +218,13 @@ _charge_to: Final = lru_cache(maxsize=4096)(charge_to)
 
 
 def _grant(
-    limits: CallerLimits, costs: Costs, ask: Ask, asked: Output, *, demand: Demand, admitted: Admitted | None
+    limits: CallerLimits, costs: Costs, ask: Ask, asked: Output, *, demand: Demand, admitted: Admitted | int
 ) -> Grant:
-    """``admitted`` None: the store is down, and the request is let through; its key claims nothing."""
+    """``admitted`` is a moment in unix ms where it is let through without the store; its key claims nothing then."""
     consulted: tuple[Figure, ...] = ()
-    granted, has_budgets, claim = asked.total, limits.has_budgets, None
-    if admitted is not None:
-        granted, consulted, claim = admitted.tokens_output, admitted.figures, demand.claim
+    granted, has_budgets, claim, at_ms = asked.total, limits.has_budgets, None, admitted
+    if isinstance(admitted, Admitted):
+        granted, consulted, claim, at_ms = admitted.tokens_output, admitted.figures, demand.claim, admitted.at_ms
         has_budgets = any(figure.kind in BUDGET_PERIODS for figure in consulted)
     # Where some budget pays, the backend must not answer with more than was reserved.
     named = not asked.assumed or not (has_budgets and limits.clamp_output)
@@ -234,6 +234,7 @@ def _grant(
         figures=(
             (names.METADATA_TOKENS_INPUT, str(demand.tokens_input)),
             (names.METADATA_TOKENS_OUTPUT, str(granted)),
+            (names.METADATA_ADMITTED_MS, str(at_ms)),
             *rate_headers(consulted),
             *of_limits(consulted),
         ),

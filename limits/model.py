@@ -86,7 +86,10 @@ class StoredAnswer:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Admitted:
-    """The request may go: ``tokens_output`` is granted, ``micro_usd`` reserved. ``at_ms`` is unix time of the store."""
+    """The request may go: ``tokens_output`` is granted, ``micro_usd`` reserved.
+
+    ``at_ms`` is unix time of the store when it was first admitted, if it was admitted before.
+    """
 
     at_ms: int
     tokens_output: int

@@ -57,6 +57,7 @@ def _told(finished: Finished) -> dict[str, Any]:
         "backend": finished.backend,
         "attempts": finished.attempts,
         "duration_ms": finished.duration_ms,
+        "admitted_ms": finished.admitted_ms,
         "body_bytes": finished.body_bytes,
         "events": finished.events,
         "tokens_input": finished.tokens_input,
@@ -98,6 +99,7 @@ def estimate_of(opened: Opened) -> Entry:
         "decision_reason": "PRIMARY",
         "latency_ms": 0,
         "timestamp": iso(started_us),
+        "admitted_at": iso(started_us),
         "trace_id": trace_id or opened.request_id,
         "span_id": span_id or opened.request_id.replace("-", "")[16:],
     }

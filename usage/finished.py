@@ -25,6 +25,7 @@ STARTED_MAX_US: Final = 253_402_300_800_000_000
 LIMITS_USED: Final = (
     names.METADATA_TOKENS_INPUT,
     names.METADATA_TOKENS_OUTPUT,
+    names.METADATA_ADMITTED_MS,
     names.METADATA_FIGURES,
     names.METADATA_TRACE,
     names.METADATA_CLIENT_REQUEST_ID,
@@ -59,13 +60,14 @@ class TokenUsage:
 class Finished:
     """One request of the public listener that has ended.
 
-    ``organization_id`` is '' where nobody was known. ``backend`` is '' where none answered, ``last_backend`` the one
-    that was tried last. ``status`` is 0 where the client had left before there was one. ``reason`` says why ext_proc
-    answered itself, '' where it did not. ``reported`` is None where the backend said nothing, ``counted`` where the
-    tokenizer has not looked. ``events`` with text have been sent of a stream. ``tokens_input`` is the estimate and
-    ``tokens_output`` the grant of its admission; ``prices`` are those of its candidates then, as ``policies.price``
-    writes them. ``admitted``: it may have left a ledger entry open. ``flags`` are Envoy's response flags, in its short
-    form.
+    ``organization_id`` is '' where nobody was known, and then ``request_id`` may be, of what is no request. ``path`` is
+    without its query. ``backend`` is '' where none answered, ``last_backend`` the one that was tried last. ``status``
+    is 0 where the client had left before there was one. ``reason`` says why ext_proc answered itself, '' where it did
+    not. ``admitted_ms`` is the moment of its admission, 0 where none was told. ``reported`` is None where the backend
+    said nothing, ``counted`` where the tokenizer has not looked. ``events`` with text have been sent of a stream.
+    ``tokens_input`` is the estimate and ``tokens_output`` the grant of its admission; ``prices`` are those of its
+    candidates then, as ``policies.price`` writes them. ``admitted``: it may have left a ledger entry open. ``flags``
+    are Envoy's response flags, in its short form.
     """
 
     request_id: str
@@ -83,6 +85,7 @@ class Finished:
     reason: str
     attempts: int
     started_us: int
+    admitted_ms: int
     duration_ms: int
     body_bytes: int
     admitted: bool
@@ -165,6 +168,7 @@ def finished(
         reason=_text(said, names.METADATA_REASON),
         attempts=attempts,
         started_us=started_us,
+        admitted_ms=_moment_ms(limits, names.METADATA_ADMITTED_MS),
         duration_ms=duration_ms,
         body_bytes=body_bytes,
         admitted=bool(organization) and said.get(names.METADATA_CLOSED) is not True,
@@ -218,10 +222,20 @@ def _text(fields: Fields, key: str) -> str:
 
 
 def _decimal(fields: Fields, key: str) -> int:
+    return min(_whole(fields, key), TOKENS_MAX)
+
+
+def _moment_ms(fields: Fields, key: str) -> int:
+    """0 where there is none that a date can name."""
+    moment_ms = _whole(fields, key)
+    return moment_ms if moment_ms < STARTED_MAX_US // 1000 else 0
+
+
+def _whole(fields: Fields, key: str) -> int:
     text = _text(fields, key)
     if text and not (text.isascii() and text.isdecimal()):
         raise Malformed(f"{key} is not a number: {text!r}")
-    return min(int(text or 0), TOKENS_MAX)
+    return int(text or 0)
 
 
 def _count(fields: Fields, key: str) -> int | None:

@@ -109,6 +109,7 @@ def record_of(finished: Finished, use: Used) -> dict[str, Any]:
             "retry_count": max(0, finished.attempts - 1),
             "latency_ms": finished.duration_ms,
             "timestamp": iso(finished.started_us),
+            "admitted_at": iso(finished.admitted_ms * 1000) if finished.admitted_ms else None,
             "trace_id": trace_id or finished.request_id,
             "span_id": span_id or finished.request_id.replace("-", "")[16:],
             "metadata": json.loads(finished.labels) if finished.labels else None,

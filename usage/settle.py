@@ -94,6 +94,6 @@ def settlement_of(finished: Finished, use: Used) -> Settlement | None:
         organization_id=finished.organization_id,
         tokens=use.tokens.tokens_input + use.tokens.tokens_output,
         micro_usd=use.micro_usd,
-        admitted_s=finished.started_us // 1_000_000,
+        admitted_s=(finished.admitted_ms or finished.started_us // 1000) // 1000,
         charge_to=finished.charge_to,
     )

@@ -8,7 +8,7 @@
 --          and nine values for each: name, requests a second, burst, tokens a minute, parallel requests, and of the daily and
 --          of the monthly budget micro-dollars and tokens; nil where there is no such limit
 --
--- Answers {"OK", now ms, output granted, micro-dollars reserved, figures…}
+-- Answers {"OK", ms of the admission, output granted, micro-dollars reserved, figures…}
 --         {"DENIED", now ms, ms to wait or -1, code of the limit that denies, figures…}
 --         {"RUNNING"} {"MISMATCH"} {"TOO_LARGE"} {"CLOSED"} {"REPLAY", status, headers, body}
 -- A figure is four numbers: code, limit, remaining, ms until it is whole again; the server cuts off fractions. A code is 8 times
@@ -61,11 +61,11 @@ end
 local stored = call('MGET', unpack(keys))
 
 -- The same request again, because the answer to the first call was lost: nothing is counted twice.
-local counting = not look
+local counting, admitted_ms = not look, now_ms
 if counting and stored[1] then
   local opened = stored[1] ~= CLOSED and {unpacked(stored[1])}
   if not opened or opened[STATE] ~= 'open' then return {'CLOSED'} end
-  counting, asked, micro_usd = false, opened[TOKENS_OUTPUT], opened[MICRO_USD]
+  counting, admitted_ms, asked, micro_usd = false, opened[ADMITTED_MS], opened[TOKENS_OUTPUT], opened[MICRO_USD]
 end
 
 local budgets = {}
@@ -164,7 +164,7 @@ end
 
 -- 4. The answer: what remains after this request, where it is counted now.
 
-local answer = denier and {'DENIED', now_ms, wait_ms, denier} or {'OK', now_ms, output, micro_usd}
+local answer = denier and {'DENIED', now_ms, wait_ms, denier} or {'OK', admitted_ms, output, micro_usd}
 local counted = counting and not denier
 local taken_requests, taken_tokens, taken_micro_usd = 0, 0, 0
 if counted then taken_requests, taken_tokens, taken_micro_usd = 1, tokens, micro_usd end

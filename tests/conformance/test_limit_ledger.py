@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from dataclasses import replace
 from datetime import UTC, datetime
 from typing import Any
@@ -74,9 +75,10 @@ async def test_same_request_again_counts_once_and_is_answered_the_same(case: Cas
     first = await case.store.admit(demand, LIMITS)
     assert isinstance(first, Admitted)
     before = case.kept(org)
+    await asyncio.sleep(0.002)
     again = await case.store.admit(demand, LIMITS)
     assert isinstance(again, Admitted)
-    assert (again.tokens_output, again.micro_usd) == (first.tokens_output, first.micro_usd)
+    assert (again.at_ms, again.tokens_output, again.micro_usd) == (first.at_ms, first.tokens_output, first.micro_usd)
     assert [each[:3] for each in again.figures] == [each[:3] for each in first.figures]
     assert all(0 <= b.remaining - a.remaining < 50 for a, b in zip(first.figures, again.figures, strict=True))
     assert case.kept(org) == before

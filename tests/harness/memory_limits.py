@@ -67,7 +67,12 @@ class MemoryLimits:
             if opened.state != "open":
                 raise StoreUnavailable("the request was given up before the store came to it")
             figures = _figures(lines_of(organization, limits, (0, 0), now_us), now_us, taken=False)
-            return Admitted(at_ms=at_ms, tokens_output=opened.granted, micro_usd=opened.micro_usd, figures=figures)
+            return Admitted(
+                at_ms=opened.admitted_us // 1000,
+                tokens_output=opened.granted,
+                micro_usd=opened.micro_usd,
+                figures=figures,
+            )
         output, micro_usd = granted(organization, demand, limits, now_us)
         entry = Entry("open", now_us + self._overdue_us, demand, output, micro_usd, admitted_us=now_us)
         lines = lines_of(organization, limits, entry.reserved, now_us)

@@ -66,7 +66,7 @@ class Events:
 
 
 def admitted(output: int = 100, *more: Figure) -> Admitted:
-    return Admitted(at_ms=0, tokens_output=output, micro_usd=1, figures=(REQUESTS, *more))
+    return Admitted(at_ms=1_800_000_000_007, tokens_output=output, micro_usd=1, figures=(REQUESTS, *more))
 
 
 def denied(figure: Figure, wait_ms: int | None) -> Denied:
@@ -157,6 +157,7 @@ async def test_grant_tells_the_ledger_and_the_client_the_figures() -> None:
     figures = dict(grant.figures)
     assert figures[names.METADATA_TOKENS_OUTPUT] == "100"
     assert int(figures[names.METADATA_TOKENS_INPUT]) > 0
+    assert figures[names.METADATA_ADMITTED_MS] == "1800000000007"
     assert figures["x-ratelimit-remaining-requests"] == "9"
     assert figures[names.METADATA_FIGURES] == "1 org 10 9 100"
     assert str(grant.tokens_input) == figures[names.METADATA_TOKENS_INPUT]
@@ -300,7 +301,11 @@ async def outcome(policy: LimitPolicy, times: int = 1) -> list[str]:
             grant = await limited(OUTAGE, table=table, key="k", **limiter_parts)
             assert isinstance(grant, Grant)
             assert grant.claim is None
-            assert dict(grant.figures).keys() == {names.METADATA_TOKENS_INPUT, names.METADATA_TOKENS_OUTPUT}
+            assert dict(grant.figures).keys() == {
+                names.METADATA_TOKENS_INPUT,
+                names.METADATA_TOKENS_OUTPUT,
+                names.METADATA_ADMITTED_MS,
+            }
     return events.seen
 
 
@@ -338,6 +343,12 @@ async def test_refusal_in_an_outage_has_the_outage_as_its_cause(policy: LimitPol
 async def test_each_class_has_its_own_word(errors: StoreErrors, seen: str) -> None:
     policy = LimitPolicy(requests_per_second=1, budgets=BUDGET, on_store_error=errors)
     assert await outcome(policy) == [seen]
+
+
+async def test_without_the_store_the_moment_of_the_admission_is_the_workers() -> None:
+    grant = await limited(OUTAGE, clock_s=lambda: 1_800_000_000.0625)
+    assert isinstance(grant, Grant)
+    assert dict(grant.figures)[names.METADATA_ADMITTED_MS] == "1800000000062"
 
 
 async def test_whoever_has_no_limits_is_let_through() -> None:

@@ -91,6 +91,7 @@ def test_schema_knows_no_more_than_records_have() -> None:
         client_request_id=REQUEST_ID,
         figures=figures_of((LimitKind.MONTHLY_MICRO_USD, "org", 5)),
         labels='{"team":"a"}',
+        admitted_ms=START_S * 1000,
     )
     assert set(everything) == set(SCHEMA["properties"])
 
@@ -103,6 +104,7 @@ FINISHED = st.fixed_dictionaries(
         "key_id": st.text(max_size=5),
         "model": st.text(min_size=1, max_size=5),
         "stream": st.booleans(),
+        "admitted_ms": st.integers(0, 253_402_300_799_999),
         "status": st.sampled_from([0, 200, 400, 502, 599]),
         "flags": st.lists(st.sampled_from(list(FLAG_FIELDS)), max_size=2).map(tuple),
         "reason": st.sampled_from(["", "RATE_LIMIT_EXCEEDED", "BUDGET_EXCEEDED", "QUOTA_EXCEEDED"]),
@@ -157,7 +159,7 @@ def test_estimate_is_what_was_reserved_and_gives_way_to_what_is_told_later() -> 
     record = json.loads(entry.record)
     assert (record["tokens_input"], record["tokens_output"], record["cost_micro_usd"]) == (10, 90, 1400)
     assert (record["usage_source"], record["revision"], entry.revision) == ("estimated", 0, 0)
-    assert record["timestamp"] == "2027-01-15T08:00:00.007000Z"
+    assert record["timestamp"] == record["admitted_at"] == "2027-01-15T08:00:00.007000Z"
     assert entry.settlement == EXPIRE
     told = entry_of(a_finished())
     assert told is not None

@@ -35,6 +35,7 @@ def test_record_of_an_answer_has_every_field() -> None:
         labels='{"team":"search"}',
         endpoint="inference",
         started_us=1_800_000_000_000_001,
+        admitted_ms=1_800_000_060_007,
     )
     assert record == {
         "record_id": record_id(REQUEST_ID),
@@ -63,6 +64,7 @@ def test_record_of_an_answer_has_every_field() -> None:
         "retry_count": 2,
         "latency_ms": 12,
         "timestamp": "2027-01-15T08:00:00.000001Z",
+        "admitted_at": "2027-01-15T08:01:00.007000Z",
         "trace_id": "ab" * 16,
         "span_id": "cd" * 8,
         "metadata": {"team": "search"},

@@ -226,6 +226,14 @@ def test_settlement_is_what_was_used() -> None:
     assert (settlement.admitted_s, settlement.charge_to) == (START_S, CHARGE_TO)
 
 
+def test_settlement_is_of_the_moment_of_the_admission_where_it_is_known() -> None:
+    """An upload that began before midnight was admitted after it."""
+    finished = a_finished(admitted_ms=(START_S + 7200) * 1000 + 999)
+    settlement = settlement_of(finished, used(finished))
+    assert settlement is not None
+    assert settlement.admitted_s == START_S + 7200
+
+
 def test_nothing_is_settled_that_was_never_admitted() -> None:
     finished = a_finished(admitted=False)
     assert settlement_of(finished, used(finished)) is None

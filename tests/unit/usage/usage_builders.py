@@ -166,6 +166,7 @@ def a_finished(**changes: Any) -> Finished:
         "reason": "",
         "attempts": 1,
         "started_us": START_S * 1_000_000,
+        "admitted_ms": 0,
         "duration_ms": 12,
         "body_bytes": 400,
         "admitted": True,
