@@ -149,7 +149,7 @@ def finished(
     """
     organization = _text(said, names.METADATA_ORGANIZATION)
     client_request_id = _text(limits, names.METADATA_CLIENT_REQUEST_ID)
-    if not request_id:
+    if organization and not request_id:
         raise Malformed("it names no request")
     check_storable(started_us, request_id, organization, client_request_id)
     return Finished(
@@ -158,7 +158,7 @@ def finished(
         key_id=KeyId(_text(said, names.METADATA_KEY)),
         model=ModelName(_text(said, names.METADATA_MODEL)),
         endpoint=_text(said, names.METADATA_ENDPOINT),
-        path=path,
+        path=path.partition("?")[0],  # a query may have a key in it
         stream=said.get(names.METADATA_STREAM) is True,
         backend=BackendId(backend),
         last_backend=BackendId(backend or _backend_of(cluster)),

@@ -11,17 +11,28 @@ from usage.json_text import from_json
 
 _REQUEST_ID: Final = b'"request_id":"'
 _NUMBER_MAX: Final = 2**53
+BEGINS: Final = b'{"attempts":'
+"""How Envoy begins every line: it sorts keys."""
 _ATTEMPT: Final = f'"listener":"{names.LISTENER_BACKENDS}"'.encode()
+
+
+def last_of(line: bytes) -> bytes:
+    """The line, without what is before the last place where one begins: a part of another, which a full disk has torn.
+
+    Quotes inside of values are escaped, so nobody can make a line seem to begin.
+    """
+    at = line.rfind(BEGINS, 1)
+    return line if at < 0 else line[at:]
 
 
 def is_attempt(line: bytes) -> bool:
     """Whether a line tells of a failed attempt. Quotes inside of values are escaped, so nobody can make it seem so."""
-    return _ATTEMPT in line
+    return _ATTEMPT in last_of(line)
 
 
 def request_id_of(line: bytes) -> str:
     """The request id of a line without decoding all of it; '' where it has none."""
-    _, _, rest = line.partition(_REQUEST_ID)
+    _, _, rest = last_of(line).partition(_REQUEST_ID)
     return rest[: rest.find(b'"')].decode("latin-1")
 
 
@@ -32,7 +43,7 @@ def decode_line(line: bytes) -> Finished | FailedAttempt:
         Malformed: it cannot be used.
     """
     try:
-        told = from_json(line)
+        told = from_json(last_of(line))
         if told["listener"] == names.LISTENER_BACKENDS:
             return _attempt(told)
         return finished(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -11,12 +12,24 @@ from hypothesis import strategies as st
 from gateway import names
 from tests.unit.usage.usage_builders import FLAG_FIELDS, REQUEST_ID, START_S, Told, line_of, message_of
 from usage.access_log import Batch, decode
-from usage.finished import FailedAttempt, Malformed
-from usage.journal import decode_line, is_attempt, request_id_of
+from usage.finished import FailedAttempt, Finished, Malformed
+from usage.journal import BEGINS, decode_line, is_attempt, last_of, request_id_of
+from usage.record import kind_of
 
 TEXTS = st.text(st.characters(exclude_categories=["Cs"]), max_size=30)
 NASTY = st.sampled_from(
-    ['","request_id":"stolen', '"listener":"backends"', "\n", "\r\n", "\u2028", "\\", '\\"request_id\\":\\"x', "\x00é"]
+    [
+        '"}{"attempts":1,"request_id":"stolen',
+        "?api_key=secret",
+        '","request_id":"stolen',
+        '"listener":"backends"',
+        "\n",
+        "\r\n",
+        "\u2028",
+        "\\",
+        '\\"request_id\\":\\"x',
+        "\x00é",
+    ]
 )
 CHOSEN = st.one_of(TEXTS, NASTY, st.builds(lambda a, b: a + b, NASTY, TEXTS))
 """What a client can choose: a path, a model, labels."""
@@ -51,6 +64,7 @@ LIMITS = _some(
     {
         names.METADATA_TOKENS_INPUT: DECIMALS,
         names.METADATA_TOKENS_OUTPUT: DECIMALS,
+        names.METADATA_ADMITTED_MS: st.integers(0, 10**17).map(str),
         names.METADATA_FIGURES: TEXTS,
         names.METADATA_TRACE: TEXTS,
         names.METADATA_CLIENT_REQUEST_ID: TEXTS,
@@ -149,6 +163,93 @@ def test_bytes_that_are_no_line_are_told(garbage: bytes) -> None:
     with pytest.raises(Malformed):
         decode_line(garbage)
     request_id_of(garbage)
+
+
+@given(TOLD)
+def test_what_nobody_known_has_asked_for_needs_no_request_id(told: Told) -> None:
+    """Envoy refuses what is no request before it gives it an id."""
+    unknown = replace(told, request_id="", said={}, limits={}, usage={}, counted={})
+    batch = decode(message_of(unknown))
+    assert batch == Batch(finished=(decode_line(line_of(unknown)),))  # type: ignore[arg-type]
+    assert [(ended.request_id, kind_of(ended)) for ended in batch.finished] == [("", "anonymous")]
+    assert request_id_of(line_of(unknown)) == ""
+
+
+def test_what_somebody_known_has_asked_for_needs_a_request_id() -> None:
+    told = Told(request_id="")
+    assert decode(message_of(told)).malformed
+    with pytest.raises(Malformed, match="names no request"):
+        decode_line(line_of(told))
+
+
+@pytest.mark.parametrize(
+    ("asked", "kept"),
+    [
+        ("/v1/models?api_key=secret", "/v1/models"),
+        ("/v1/models?a=1?b=2", "/v1/models"),
+        ("?api_key=secret", ""),
+        ("/v1/a%3Fb", "/v1/a%3Fb"),
+        ("/a#b?api_key=secret", "/a#b"),
+        ("*", "*"),
+    ],
+)
+def test_query_of_a_path_is_not_kept(asked: str, kept: str) -> None:
+    """A journal that was written before Envoy left it out has it still."""
+    told = Told(path=asked)
+    [ended] = decode(message_of(told)).finished
+    assert ended.path == kept
+    assert decode_line(line_of(told)) == decode_line(line_of(replace(told, path=kept))) == ended
+
+
+# --- Lines that a full disk has torn.
+
+
+@given(TOLD, TOLD, st.data())
+def test_line_is_read_though_a_torn_one_is_before_it(torn: Told, whole: Told, data: st.DataObject) -> None:
+    part, line = line_of(torn), line_of(replace(whole, request_id=REQUEST_ID))
+    part = part[: data.draw(st.integers(0, len(part)))]
+    ended = decode_line(part + line)
+    assert isinstance(ended, Finished)
+    assert ended == decode_line(line)
+    assert last_of(part + line) == line
+    assert request_id_of(part + line) == REQUEST_ID
+
+
+@given(TOLD, TOLD)
+def test_torn_line_does_not_change_what_the_next_one_tells_of(ended: Told, attempt: Told) -> None:
+    failed = Told(request_id=attempt.request_id, path=attempt.path, listener=names.LISTENER_BACKENDS)
+    assert not is_attempt(line_of(failed)[:-3] + line_of(ended))
+    assert is_attempt(line_of(ended)[:-3] + line_of(failed))
+
+
+@given(TOLD)
+def test_nobody_can_make_a_line_seem_to_begin(told: Told) -> None:
+    line = line_of(told)
+    assert line.startswith(BEGINS)
+    assert line.count(BEGINS) == 1
+    assert last_of(line) is line
+
+
+def test_torn_line_is_told_where_no_whole_one_follows() -> None:
+    line = line_of(Told())
+    for torn in (line[:-3], line + line[:-3], line[20:], line[:50] + line[60:]):
+        with pytest.raises(Malformed):
+            decode_line(torn)
+
+
+# --- The moment of the admission.
+
+
+@pytest.mark.parametrize(
+    ("told_ms", "admitted_ms"),
+    [("1800000000123", 1_800_000_000_123), ("", 0), ("253402300799999", 253_402_300_799_999), ("253402300800000", 0)],
+    ids=["a moment", "none", "the last of 9999", "no date can name it"],
+)
+def test_moment_of_the_admission_is_what_ext_proc_tells(told_ms: str, admitted_ms: int) -> None:
+    told = Told(limits={names.METADATA_ADMITTED_MS: told_ms} if told_ms else {})
+    [ended] = decode(message_of(told)).finished
+    assert ended.admitted_ms == admitted_ms
+    assert decode_line(line_of(told)) == ended
 
 
 def test_microseconds_of_the_start_are_the_same_before_and_after_the_second() -> None:
