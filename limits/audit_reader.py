@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from itertools import islice
-from typing import Final
+from typing import Any, Final, NoReturn
 
 from gateway.audit import AuditAction, AuditEvent
 from limits.audit_stream import STREAM, answer
@@ -15,6 +15,10 @@ from limits.resp import pack
 PAGE_EVENTS: Final = 500
 SKEW_S: Final = 3600.0
 """How far the store's clock may be behind the one that an event was dated with."""
+CREATED_MAX_S: Final = 253_402_300_800.0
+"""The year 10000, which no date can name."""
+LEVELS_MAX: Final = 32
+"""Of metadata: what is deeper not everybody can read."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -93,17 +97,34 @@ async def read_events(
 
 
 def _event_of(fields: list[bytes]) -> AuditEvent | None:
-    """Event of an entry; None where somebody else wrote it, or a later version."""
+    """Event of an entry; None where somebody else wrote it, or a later version, or nobody could keep it."""
     try:
         texts = {fields[at].decode(): fields[at + 1].decode() for at in range(0, len(fields), 2)}
+        created_at, metadata = float(texts["created_at"]), json.loads(texts["metadata"], parse_constant=_not_json)
+        # What is no number is not within bounds either.
+        if not (0 <= created_at < CREATED_MAX_S and isinstance(metadata, dict) and _is_flat(metadata, LEVELS_MAX)):
+            return None
         return AuditEvent(
             event_id=texts["event_id"],
             request_id=texts["request_id"],
             organization_id=texts["organization_id"],
             actor=texts["actor"],
             action=AuditAction(texts["action"]),
-            metadata=dict(json.loads(texts["metadata"])),
-            created_at=float(texts["created_at"]),
+            metadata=metadata,
+            created_at=created_at,
         )
-    except (KeyError, ValueError, TypeError, RecursionError):
+    except (KeyError, ValueError, IndexError, RecursionError):
         return None
+
+
+def _not_json(constant: str) -> NoReturn:
+    raise ValueError(constant)
+
+
+def _is_flat(value: Any, levels: int) -> bool:
+    """Whether a value has no more levels than these."""
+    if not isinstance(value, dict | list):
+        return True
+    return levels > 0 and all(
+        _is_flat(each, levels - 1) for each in (value.values() if isinstance(value, dict) else value)
+    )

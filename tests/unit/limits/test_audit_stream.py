@@ -14,7 +14,7 @@ import pytest
 
 from gateway.audit import AuditAction, AuditEvent
 from gateway.errors import StoreUnavailable
-from limits.audit_reader import PAGE_EVENTS, read_events
+from limits.audit_reader import PAGE_EVENTS, read_after, read_events
 from limits.audit_stream import BATCH_MAX, STREAM, AuditStream, append, open_audit_stream
 from limits.connection import Connection
 from limits.valkey import ValkeyLimits, open_limits
@@ -378,6 +378,50 @@ async def test_what_is_no_event_is_counted(server: Server, log: Log) -> None:
         found = await read_events(store.connection, limit=10)
     assert [event.event_id for event in found.events] == ["event-1"]
     assert found.unreadable == 4
+
+
+NO_EVENTS: dict[str, dict[str, str | bytes]] = {
+    **{
+        f"created at {moment}": {"created_at": moment}
+        for moment in ("inf", "-inf", "nan", "1e300", "-1", "253402300800")
+    },
+    "deep metadata": {"metadata": '{"a":' * 40 + "1" + "}" * 40},
+    "deeper than anybody reads": {"metadata": '{"a":' * 5000},
+    "metadata with what is no number": {"metadata": '{"a": NaN, "b": "\\ud800"}'},
+    "a list for metadata": {"metadata": '[["a", 1]]'},
+    "a long number": {"metadata": '{"a": %s}' % ("1" * 5000)},
+    **{
+        f"no text for {name}": {name: b"\xed\xa0\x80"}
+        for name in ("event_id", "request_id", "organization_id", "actor")
+    },
+}
+
+
+@pytest.mark.parametrize("odd", NO_EVENTS.values(), ids=NO_EVENTS)
+async def test_what_no_ledger_could_keep_is_no_event(server: Server, log: Log, odd: dict[str, str | bytes]) -> None:
+    """It was written by somebody else; a ledger that stumbled over it would do so again after every start."""
+    fields: dict[str, str | bytes] = {
+        "event_id": "x",
+        "request_id": "",
+        "organization_id": "",
+        "actor": "",
+        "metadata": "{}",
+    }
+    server.client.xadd(STREAM, fields | {"action": "LIMIT_RESET", "created_at": "1"} | odd)
+    async with opened(server.address, log) as store:
+        await _fill(store, an_event(1))
+        page = await read_after(store.connection, "0-0", most=10)
+    assert [event.event_id for event in page.events] == ["event-1"]
+    assert (page.unreadable, page.count) == (1, 2)
+
+
+@pytest.mark.parametrize("moment", ["0", "253402300799.999"])
+async def test_every_moment_that_a_date_can_name_is_one(server: Server, log: Log, moment: str) -> None:
+    fields = {"event_id": "x", "request_id": "", "organization_id": "", "actor": "", "metadata": "{}"}
+    server.client.xadd(STREAM, fields | {"action": "LIMIT_RESET", "created_at": moment})
+    async with opened(server.address, log) as store:
+        [event] = (await read_after(store.connection, "0-0", most=10)).events
+    assert event.created_at == float(moment)
 
 
 async def test_append_raises_where_nothing_is_written(server: Server, log: Log) -> None:
