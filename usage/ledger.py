@@ -179,7 +179,7 @@ class Ledger:
             self.settler.run(),
             self._signs.run(),
             beat(store.connection),
-            follow_audit(store.connection, self.writer, log=log),
+            follow_audit(store.connection, self.writer, metrics=self._metrics, log=log),
             sweep_every(
                 settings.usage_sweep_interval_s,
                 store,

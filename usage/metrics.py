@@ -78,6 +78,11 @@ class LedgerMetrics:
         self.oldest_undelivered_s = Gauge(
             "router_usage_oldest_undelivered_seconds", "Age of the oldest of them; 0: there is none.", registry=registry
         )
+        self.events_skipped = Counter(
+            "router_usage_audit_events_skipped_total",
+            "Denials of callers that nobody knows that were not kept, because there were too many in their minute.",
+            registry=registry,
+        )
         self.journal_unread_bytes = Gauge(
             "router_usage_journal_unread_bytes", "What is in Envoy's journal and has not been read.", registry=registry
         )

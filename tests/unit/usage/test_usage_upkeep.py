@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager
 from pathlib import Path
+from typing import Any, cast
 
 import pytest
 
@@ -20,9 +21,10 @@ from limits.valkey import open_limits
 from policies.load import read_bundle
 from policies.model import OrganizationId
 from tests.harness.valkey import Server, a_server
-from tests.unit.usage.usage_builders import START_S, a_running, a_spool, an_entry, an_event, metrics, until
+from tests.unit.usage.usage_builders import START_S, a_running, a_spool, an_entry, an_event, metrics, until, value
 from usage.archive import Archive, KeptEvent
-from usage.audit_trail import follow_audit
+from usage.audit_trail import UNKNOWN_PER_MINUTE, Unknown, follow_audit
+from usage.metrics import LedgerMetrics
 from usage.policies import keep_policies, read_policy
 from usage.prune import prune_every
 from usage.signs_of_life import TOGETHER_MAX, SignsOfLife
@@ -244,7 +246,7 @@ async def following(directory: Path, server: Server) -> AsyncIterator[tuple[Ledg
         running(directory) as ledger,
         open_limits(f"unix://{server.socket}", log=get_logger(), deadline_s=5) as store,
     ):
-        task = asyncio.create_task(follow_audit(store.connection, ledger.writer, log=get_logger()))
+        task = asyncio.create_task(follow_audit(store.connection, ledger.writer, metrics=metrics(), log=get_logger()))
         yield ledger, store.connection
         await ended(task)
 
@@ -287,3 +289,88 @@ async def test_more_events_than_are_read_at_once_are_all_copied(tmp_path: Path, 
         ids = [f"e-{number}" for number in range(700)]
         await tell(connection, *map(an_event, ids))
         await has_events(ledger, *ids)
+
+
+@pytest.mark.parametrize("moment", ["inf", "nan", "1e300", "-1", "253402300800"])
+async def test_moment_that_no_date_can_name_does_not_stop_the_ledger(
+    tmp_path: Path, server: Server, moment: str
+) -> None:
+    fields = {"event_id": "x", "request_id": "", "organization_id": "", "actor": "", "metadata": "{}"}
+    async with following(tmp_path, server) as (ledger, connection):
+        server.client.xadd("router:audit", fields | {"action": "LIMIT_RESET", "created_at": moment})
+        await tell(connection, an_event("e-1"))
+        await has_events(ledger, "e-1")
+
+
+# --- Of denials of nobody known only so many a minute.
+
+
+def a_denial(event_id: str = "d", **changes: Any) -> AuditEvent:
+    """Of somebody without a key."""
+    return an_event(event_id, **({"action": AuditAction.REQUEST_DENIED, "organization_id": "", "actor": ""} | changes))
+
+
+class Log:
+    """Remembers what it was told."""
+
+    def __init__(self) -> None:
+        self.told: list[tuple[str, int]] = []
+
+    def warning(self, event: str, *, events: int, **_: Any) -> None:
+        self.told.append((event, events))
+
+
+def an_unknown(clock_s: Callable[[], float] = lambda: 0.0) -> tuple[Unknown, LedgerMetrics, Log]:
+    counted, log = metrics(), Log()
+    return Unknown(metrics=counted, log=cast("Any", log), clock_s=clock_s), counted, log
+
+
+def test_only_so_many_denials_of_nobody_known_are_kept_of_each_minute() -> None:
+    unknown, counted, _ = an_unknown()
+    for minute in (0, 1, 0):
+        for _ in range(UNKNOWN_PER_MINUTE):
+            unknown.keeps(a_denial(created_at=START_S + 60.0 * minute))
+    assert value(counted.events_skipped) == UNKNOWN_PER_MINUTE
+    assert not unknown.keeps(a_denial(created_at=START_S + 119.0))
+    assert unknown.keeps(a_denial(created_at=START_S + 120.0))
+
+
+@pytest.mark.parametrize(
+    "event",
+    [
+        a_denial(organization_id="acme"),
+        *(a_denial(action=action) for action in AuditAction if "REQUEST" not in action.value),
+    ],
+    ids=lambda event: f"{event.action.value} of {event.organization_id or 'nobody'}",
+)
+def test_what_somebody_known_or_an_operator_did_is_always_kept(event: AuditEvent) -> None:
+    unknown, counted, _ = an_unknown()
+    assert all(unknown.keeps(event) for _ in range(2 * UNKNOWN_PER_MINUTE))
+    assert all(unknown.keeps(a_denial()) for _ in range(UNKNOWN_PER_MINUTE))
+    assert value(counted.events_skipped) == 0
+
+
+def test_minutes_that_are_remembered_are_few() -> None:
+    unknown, _, _ = an_unknown()
+    assert all(unknown.keeps(a_denial(created_at=60.0 * minute)) for minute in range(1000))
+    assert len(unknown._seen) <= 60
+
+
+def test_number_of_those_that_are_not_kept_is_told_once_a_minute() -> None:
+    now = [0.0]
+    unknown, _, log = an_unknown(lambda: now[0])
+    unknown.tell()
+    for seconds, denials in ((0, UNKNOWN_PER_MINUTE + 5), (30, 3), (59, 4), (60, 0), (130, 0), (131, 1)):
+        now[0] = float(seconds)
+        for _ in range(denials):
+            unknown.keeps(a_denial())
+        unknown.tell()
+    assert log.told == [("audit_events_skipped", 5), ("audit_events_skipped", 7), ("audit_events_skipped", 1)]
+
+
+async def test_flood_of_denials_fills_no_disk(tmp_path: Path, server: Server) -> None:
+    async with following(tmp_path, server) as (ledger, connection):
+        await tell(connection, *(a_denial(f"d-{number}") for number in range(UNKNOWN_PER_MINUTE + 50)))
+        await tell(connection, an_event("known", organization_id="acme", action=AuditAction.REQUEST_DENIED))
+        expected = [f"d-{number}" for number in range(UNKNOWN_PER_MINUTE)]
+        await has_events(ledger, *expected, "known")
