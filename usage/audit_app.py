@@ -10,8 +10,9 @@ import asyncio
 import re
 import secrets
 import sqlite3
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import islice
 from typing import Any, Final
 
 from starlette.applications import Starlette
@@ -28,11 +29,16 @@ from limits.model import Opened
 from policies.load import PolicyRejected
 from policies.model import OrganizationId, Policy
 from usage.archive import Archive
-from usage.events import list_events, read_asked
+from usage.events import check_parameters, list_events, read_asked
 from usage.policies import read_policy
 from usage.receipt import Kept, receipt_of, refused_receipt, running_receipt
 from usage.spool import RECORDS_MARK
 
+ANSWER_WITHIN_S: Final = 4.0
+"""Less than Envoy waits, whose own answer cannot say what is amiss."""
+ORGANIZATIONS_AT_ONCE: Final = 50
+ORGANIZATIONS_MAX: Final = 5000
+"""Among which a request that runs is looked for."""
 POLICIES_MAX: Final = 8
 """Policies that are kept worked out: receipts are mostly asked for of the newest."""
 _HEADERS: Final = dict([names.NO_STORE])
@@ -49,6 +55,8 @@ class Sources:
     opened: Callable[[OrganizationId, str], Awaitable[Opened | None]] | None
     health: Callable[[], Mapping[str, Any]]
     log: Logger
+    organizations: Callable[[], Awaitable[tuple[OrganizationId, ...]]] | None = None
+    """Those that have used the limit store; None: each may be asked for its own alone."""
 
 
 class Receipts:
@@ -57,6 +65,7 @@ class Receipts:
     def __init__(self, sources: Sources) -> None:
         self._archive = sources.archive
         self._opened = sources.opened
+        self._organizations = sources.organizations
         self._log = sources.log
         self._policies: dict[str, Policy] = {}
 
@@ -80,7 +89,7 @@ class Receipts:
                     refusal=await self._archive.refusal(RECORDS_MARK, request.seq),
                 )
             )
-        running = await self._running(OrganizationId(organization_id), request_id)
+        running = await self._running(OrganizationId(organization_id), request_id, everyones=everyones)
         if running is not None:
             return running
         events = await self._archive.events_of(request_id, of=of)
@@ -88,16 +97,31 @@ class Receipts:
             raise Refused(Reason.REQUEST_UNKNOWN)
         return refused_receipt(request_id, events)
 
-    async def _running(self, organization_id: OrganizationId, request_id: str) -> dict[str, Any] | None:
-        if self._opened is None or not organization_id:
-            return None
+    async def _running(
+        self, organization_id: OrganizationId, request_id: str, *, everyones: bool
+    ) -> dict[str, Any] | None:
         try:
-            opened = await self._opened(organization_id, request_id)
+            opened = await self._open_of((organization_id,) if organization_id else (), request_id)
+            if opened is None and everyones and self._organizations is not None:
+                others = (each for each in await self._organizations() if each != organization_id)
+                opened = await self._open_of(tuple(islice(others, ORGANIZATIONS_MAX)), request_id)
         except StoreUnavailable:
             return None
         if opened is None:
             return None
         return running_receipt(opened, await self._policy(abouts.read(opened.about).policy))
+
+    async def _open_of(self, organizations: Sequence[OrganizationId], request_id: str) -> Opened | None:
+        """The open request of one of these organisations."""
+        if self._opened is None:
+            return None
+        for start in range(0, len(organizations), ORGANIZATIONS_AT_ONCE):
+            some = organizations[start : start + ORGANIZATIONS_AT_ONCE]
+            found = await asyncio.gather(*(self._opened(each, request_id) for each in some))
+            opened = next((each for each in found if each is not None), None)
+            if opened is not None:
+                return opened
+        return None
 
     async def _policy(self, digest: str) -> Policy | None:
         found = self._policies.get(digest)
@@ -124,6 +148,7 @@ def audit_routes(sources: Sources) -> list[Route]:
 
     async def receipt(request: Request) -> Response:
         organization_id, is_admin = _asker(request)
+        check_parameters(request.query_params.multi_items(), ())
         found = await receipts.find(request.path_params["request_id"], organization_id, everyones=is_admin)
         return JSONResponse(found, headers=_HEADERS)
 
@@ -138,8 +163,8 @@ def audit_routes(sources: Sources) -> list[Route]:
         return JSONResponse({"events": page.events, "next_cursor": page.cursor}, headers=_HEADERS)
 
     return [
-        Route(AUDIT_PATH, answering(events, sources.log), methods=["GET"]),
-        Route(f"{AUDIT_PATH}/{{request_id:path}}", answering(receipt, sources.log), methods=["GET"]),
+        Route(AUDIT_PATH, answering(in_time(events), sources.log), methods=["GET"]),
+        Route(f"{AUDIT_PATH}/{{request_id:path}}", answering(in_time(receipt), sources.log), methods=["GET"]),
     ]
 
 
@@ -156,6 +181,19 @@ def build_audit_app(sources: Sources, operators: list[Route]) -> Starlette:
     app = Starlette(routes=routes, exception_handlers={404: unknown, 405: unknown})
     app.router.redirect_slashes = False
     return app
+
+
+def in_time(answer: Answer) -> Answer:
+    """The handler, which refuses with SERVICE_DOWN what takes longer than Envoy waits."""
+
+    async def answered(request: Request) -> Response:
+        try:
+            async with asyncio.timeout(ANSWER_WITHIN_S):
+                return await answer(request)
+        except TimeoutError:
+            raise Refused(Reason.SERVICE_DOWN, "The ledger takes too long to answer; try again.") from None
+
+    return answered
 
 
 def answering(answer: Answer, log: Logger) -> Answer:

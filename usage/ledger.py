@@ -223,6 +223,7 @@ class Ledger:
         sources = Sources(
             archive=self._asked,
             opened=None if store is None else store.opened,
+            organizations=None if store is None else store.organizations,
             health=self.health,
             log=self._log,
         )

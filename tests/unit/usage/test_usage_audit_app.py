@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import sqlite3
 import uuid
 from collections.abc import AsyncIterator
@@ -11,6 +12,7 @@ from typing import Any
 import httpx
 import pytest
 
+import usage.audit_app
 from gateway import names
 from gateway.endpoints import AUDIT_PATH
 from tests.contract.document import document
@@ -51,8 +53,10 @@ class Broken(Archive):
     """An archive whose file is what the error says."""
 
     error: Exception | None = None
+    delay_s = 0.0
 
     async def call(self, work: Any) -> Any:
+        await asyncio.sleep(self.delay_s)
         if self.error is not None:
             raise self.error
         return await super().call(work)
@@ -160,6 +164,19 @@ async def test_bug_is_a_500_with_the_id_that_is_logged(asked: Asked) -> None:
 @pytest.mark.parametrize("path", ["/", "/v1/audit", "/operator", f"{POLICIES_PATH}/none", "/healthz/x"])
 async def test_nothing_is_anywhere_else(asked: Asked, path: str) -> None:
     is_error(await asked.get(path, ADMIN), 404, "NOT_FOUND")
+
+
+async def test_receipt_has_no_parameters(asked: Asked) -> None:
+    assert is_error(await asked.get(RECEIPT, ACME, verbose="1"), 400, "VALIDATION_ERROR")["param"] == "verbose"
+
+
+@pytest.mark.parametrize("path", [AUDIT_PATH, RECEIPT])
+async def test_ledger_that_is_slow_says_so_before_envoy_gives_up(
+    asked: Asked, path: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(usage.audit_app, "ANSWER_WITHIN_S", 0.01)
+    asked.archive.delay_s = 60
+    assert "The ledger" in is_error(await asked.get(path, ACME), 503, "SERVICE_UNAVAILABLE")["error"]
 
 
 async def test_health_says_what_the_ledger_says(asked: Asked) -> None:
