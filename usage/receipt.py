@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
-from gateway.errors import REFUSALS
+from gateway.errors import REFUSALS, Reason
 from limits import about as abouts
 from limits.context import context_of
 from limits.figures import read as read_figures
@@ -27,6 +27,15 @@ from usage.settle import CUT
 from usage.spool import EXPIRE
 
 _FAILED_FROM: Final = 500
+_NO_HOST: Final = "UH"
+"""Flag of an attempt for which no endpoint of the backend was left, so that nothing was sent."""
+_ROUTERS_OWN: Final = {
+    (502, ""): REFUSALS[Reason.BACKEND_ERROR].code,
+    (504, ""): REFUSALS[Reason.BACKEND_TIMEOUT].code,
+    (503, _NO_HOST): REFUSALS[Reason.NO_BACKEND].code,
+    (503, "UO"): REFUSALS[Reason.BACKEND_BUSY].code,
+}
+"""Codes of what Envoy answers in a backend's place, by status and flag of the last attempt ('': whichever it has)."""
 _CODES: Final = {reason.value: refusal.code for reason, refusal in REFUSALS.items()}
 _TOKENS: Final = ("tokens_input", "tokens_output", "tokens_input_cached", "tokens_output_reasoning")
 
@@ -57,21 +66,21 @@ def receipt_of(kept: Kept) -> Json:
     return {
         "request_id": request.request_id,
         "client_request_id": request.client_request_id or None,
-        "state": "ENDED",
+        "state": "ENDED" if request.revision else "ESTIMATED",
         "organization_id": request.organization_id,
         "api_key_id": told["api_key_id"],
         "endpoint": told["endpoint"] or None,
         "model": told["model"] or None,
         "status": told.get("status") or None,
         "timestamps": {"started": iso(request.started_us), "ended": iso(ended_us) if ended else None},
-        "decision": _decision(request, record),
+        "decision": _decision(kept, record),
         "policy_version": told["policy"] or None,
         "candidates": candidates_of(kept.policy, request.organization_id, told["model"], told["api_key_id"]),
         "attempts": _attempts(kept),
         "limits": _limits(told.get("figures", ""), at_ms=request.started_us // 1000),
         "metadata": record.get("metadata"),
         "usage": _usage(record),
-        "price": _price(told["prices"], told.get("backend", "")) if record and told["prices"] else None,
+        "price": _price(told["prices"], _charged(kept)) if record and told["prices"] else None,
         "cost_micro_usd": record.get("cost_micro_usd", 0),
         "cost_usd": record.get("cost_usd", 0.0),
         "settlement": _settlement(request),
@@ -154,26 +163,44 @@ def candidates_of(policy: Policy | None, organization_id: str, model: str, key_i
     ]
 
 
-def _decision(request: KeptRequest, record: Mapping[str, Any]) -> Json:
-    told, what = request.told, "DENIED"
+def _decision(kept: Kept, record: Mapping[str, Any]) -> Json:
+    request, what, reason = kept.request, "DENIED", kept.request.told.get("reason") or None
     if request.kind in {"repeated", "listed"}:
-        what = request.kind.upper()
-    elif request.kind == "forwarded" and not told.get("reason"):
+        what, reason = request.kind.upper(), None  # what was told as its reason is no error
+    elif request.kind == "forwarded" and reason is None:
         # Nobody has told of the end of an estimated one, and so not of where it went.
-        what = record["decision_reason"] if request.revision else "ADMITTED"
-    return {
-        "what": what,
-        "reason": told.get("reason") or None,
-        "limit_state": record.get("limit_state", "WITHIN_LIMIT"),
-    }
+        went = request.revision and not _went_nowhere(kept)
+        what, reason = record["decision_reason"] if went else "ADMITTED", _routers_own(kept)
+    return {"what": what, "reason": reason, "limit_state": record.get("limit_state", "WITHIN_LIMIT")}
+
+
+def _routers_own(kept: Kept) -> str | None:
+    """Code of the error that was answered in a backend's place; None where a backend has answered."""
+    status = kept.request.told.get("status", 0)
+    flags = kept.attempts[-1].flags if kept.attempts else ()
+    return next((code for flag in ("", *flags) if (code := _ROUTERS_OWN.get((status, flag)))), None)
+
+
+def _went_nowhere(kept: Kept) -> bool:
+    """Whether no backend had an endpoint left, so that none was sent anything."""
+    is_unavailable = _routers_own(kept) == _ROUTERS_OWN[503, _NO_HOST]
+    return is_unavailable and all(_NO_HOST in one.flags for one in kept.attempts)
+
+
+def _charged(kept: Kept) -> str:
+    """The backend whose price was charged; '' where none was asked."""
+    return "" if _went_nowhere(kept) else kept.request.told.get("backend", "")
 
 
 def _attempts(kept: Kept) -> list[Json]:
     """The attempts that failed in their order; then the one that has answered, of which only the backend is known."""
     told = kept.request.told
+    if kept.request.kind in {"repeated", "listed"} or _went_nowhere(kept):
+        return []
     found = [
         _attempt(one.backend, one.status, one.flags) | {"started": iso(one.started_us), "duration_ms": one.duration_ms}
         for one in kept.attempts
+        if one.backend  # Envoy tells of one without an endpoint twice, once before it has a backend
     ]
     backend = told.get("backend", "")
     if backend and len(found) < max(1, told["attempts"]):

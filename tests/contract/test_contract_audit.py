@@ -56,7 +56,7 @@ KINDS: dict[str, tuple[str, Send]] = {
     "degraded": ("OVERRIDE", of_model("degraded")),
     "unknown model": ("DENIED", of_model("nope")),
     "killed": ("DENIED", of_model("killed")),
-    "no backend": ("PRIMARY", of_model("sick")),
+    "no backend": ("ADMITTED", of_model("sick")),
     "repeated": ("REPEATED", repeated),
     "listed": ("LISTED", lambda _, client: client.get("/v1/models")),
     "asked for events": ("LISTED", lambda _, client: client.get(EVENTS)),
@@ -66,8 +66,16 @@ KINDS: dict[str, tuple[str, Send]] = {
 @pytest.mark.parametrize(("what", "send"), KINDS.values(), ids=KINDS)
 def test_receipt_is_as_documented(world: World, what: str, send: Send) -> None:
     with world.client() as client:
-        found = receipt(world, client, send(world, client).headers["x-request-id"])
-    assert found["decision"]["what"] == what
+        request_id = send(world, client).headers["x-request-id"]
+        # Attempts that failed are told of a moment later.
+        eventually(lambda: receipt(world, client, request_id)["decision"]["what"] == what, f"it is {what}")
+
+
+def test_nothing_was_tried_where_no_backend_is_healthy(world: World) -> None:
+    with world.client() as client:
+        request_id = post(client, CHAT, "sick").headers["x-request-id"]
+        eventually(lambda: receipt(world, client, request_id)["attempts"] == [], "nothing was tried")
+        assert receipt(world, client, request_id)["decision"]["reason"] == "NO_BACKEND_AVAILABLE"
 
 
 @pytest.mark.parametrize("organization", ["hurried", "wordy", "broke", "rationed", "barred", "counted", "strict"])

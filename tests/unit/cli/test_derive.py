@@ -44,14 +44,21 @@ async def a_receipt(directory: Path, *failed: str, model: str = "gpt-4o", **chan
         model=model,
         policy=POLICY.digest,
         prices=price.written({backend: PRICES[backend] for backend in among}),
-        attempts=len(failed) + 1,
-        **({"reported": a_usage(100, 20, cached=30, reasoning=5), "decision": "PRIMARY"} | changes),
+        **(
+            {
+                "attempts": len(failed) + 1,
+                "reported": a_usage(100, 20, cached=30, reasoning=5),
+                "decision": "PRIMARY",
+            }
+            | changes
+        ),
     )
     entry = entry_of(finished)
     assert entry is not None
     spool, archive = a_spool(directory), Archive(directory / "usage.db")
     try:
-        attempts = [an_attempt(backend=backend, started_us=at) for at, backend in enumerate(failed)]
+        gone = {"status": 503, "flags": ("UH",)} if "" in failed else {}
+        attempts = [an_attempt(backend=backend, started_us=at, **gone) for at, backend in enumerate(failed)]
         spool.write(Changes(entries=[entry], attempts=attempts))
         request = await archive.request(REQUEST_ID)
         assert request is not None
@@ -77,6 +84,10 @@ WHOLE: dict[str, tuple[tuple[str, ...], dict[str, Any]]] = {
     "failed": ((), {"status": 502, "reported": None}),
     "left before an answer": ((), {"status": 0, "flags": ("DC",), "backend": "", "reported": None, "decision": ""}),
     "stream cut": ((), {"stream": True, "events": 7, "flags": ("DC",), "reported": None}),
+    "no endpoint left": (
+        ("", "a", "", "b"),
+        {"status": 503, "flags": ("URX",), "backend": "b", "decision": "FAILOVER", "reported": None, "attempts": 2},
+    ),
     "denied": (
         (),
         {"status": 429, "reason": "RATE_LIMIT_EXCEEDED", "admitted": False, "backend": "", "reported": None},

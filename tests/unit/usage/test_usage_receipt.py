@@ -13,10 +13,12 @@ from gateway.audit import AuditAction
 from gateway.errors import Reason, Refused, StoreUnavailable
 from limits.about import About
 from limits.model import LimitKind, Opened
+from policies.model import OrganizationId
 from tests.contract.document import document
 from tests.unit.usage.usage_builders import (
     PRICES,
     REQUEST_ID,
+    START_S,
     a_finished,
     a_spool,
     a_usage,
@@ -25,7 +27,7 @@ from tests.unit.usage.usage_builders import (
     figures_of,
 )
 from usage.archive import Archive
-from usage.audit_app import Receipts, Sources
+from usage.audit_app import ORGANIZATIONS_MAX, Receipts, Sources
 from usage.entries import entry_of, estimate_of
 from usage.record import record_id
 from usage.spool import RECORDS_MARK, Changes, Entry, Refusal, Spool
@@ -44,6 +46,7 @@ models:
     degraded_backends: [b]
 kill_switches: [{backend_id: off, enabled: true}]
 """
+US = START_S * 1_000_000
 OTHER = "00000000-0000-4000-8000-000000000000"
 
 
@@ -66,8 +69,12 @@ class Asked:
         self.log = Log()
         self.running: dict[tuple[str, str], Opened] = {}
         self.store_is_down = False
+        self.organizations: list[str] = []
+        self.looked_in: list[str] = []
         log: Any = self.log
-        self.receipts = Receipts(Sources(archive=self.archive, opened=self._opened, health=dict, log=log))
+        self.receipts = Receipts(
+            Sources(archive=self.archive, opened=self._opened, organizations=self._used, health=dict, log=log)
+        )
 
     def write(self, *entries: Entry | None, **changes: Any) -> None:
         self.spool.write(Changes(entries=[entry for entry in entries if entry is not None], **changes))
@@ -79,7 +86,11 @@ class Asked:
     async def _opened(self, organization_id: str, request_id: str) -> Opened | None:
         if self.store_is_down:
             raise StoreUnavailable("away")
+        self.looked_in.append(organization_id)
         return self.running.get((organization_id, request_id))
+
+    async def _used(self) -> tuple[OrganizationId, ...]:
+        return tuple(map(OrganizationId, self.organizations))
 
     async def find(self, request_id: str = REQUEST_ID, *, of: str = "acme", everyones: bool = False) -> dict[str, Any]:
         """A receipt, which is as documented in any case."""
@@ -200,6 +211,50 @@ async def test_last_attempt_is_told_once_and_as_it_ended(
     assert attempts(await asked.find()) == [outcome]
 
 
+async def test_where_no_backend_had_an_endpoint_nothing_was_tried(asked: Asked) -> None:
+    gone = {"status": 503, "flags": ("UH",)}
+    told_twice = [an_attempt(backend=backend, started_us=at, **gone) for at, backend in enumerate(("", "a", "", "b"))]
+    unavailable = a_finished(status=503, flags=("URX",), attempts=2, decision="FAILOVER", backend="b")
+    asked.write(entry_of(unavailable), attempts=told_twice)
+    found = await asked.find()
+    assert found["attempts"] == []
+    assert found["decision"] == {
+        "what": "ADMITTED",
+        "reason": "NO_BACKEND_AVAILABLE",
+        "limit_state": "WITHIN_LIMIT",
+    }
+    assert found["price"]["backend_id"] is None
+
+
+async def test_backend_without_an_endpoint_is_passed_over_for_the_one_that_answered(asked: Asked) -> None:
+    gone = {"status": 503, "flags": ("UH",)}
+    told_twice = [an_attempt(backend=backend, started_us=at, **gone) for at, backend in enumerate(("", "b"))]
+    asked.write(entry_of(a_finished(attempts=2, decision="FAILOVER")), attempts=told_twice)
+    found = await asked.find()
+    assert attempts(found) == [("b", "FAILED", 503), ("a", "ANSWERED", 200)]
+    assert (found["decision"]["what"], found["decision"]["reason"]) == ("FAILOVER", None)
+
+
+@pytest.mark.parametrize(
+    ("status", "flags", "code"),
+    [
+        (502, (), "BACKEND_ERROR"),
+        (504, ("UT",), "BACKEND_TIMEOUT"),
+        (503, ("UO",), "BACKEND_UNAVAILABLE"),
+        (503, ("UH",), "NO_BACKEND_AVAILABLE"),
+        (429, (), None),
+    ],
+)
+async def test_reason_is_the_code_of_what_was_answered_in_a_backends_place(
+    asked: Asked, status: int, flags: tuple[str, ...], code: str | None
+) -> None:
+    failed = [an_attempt(backend="b", status=502), an_attempt(started_us=2 * US, status=status, flags=flags)]
+    asked.write(entry_of(a_finished(status=status, attempts=2, decision="FAILOVER")), attempts=failed)
+    found = await asked.find()
+    assert (found["decision"]["what"], found["decision"]["reason"]) == ("FAILOVER", code)
+    assert [attempt["backend_id"] for attempt in found["attempts"]] == ["b", "a"]
+
+
 async def test_limits_are_told_with_their_figures(asked: Asked) -> None:
     figures = figures_of((LimitKind.REQUESTS, "org", 9), (LimitKind.MONTHLY_MICRO_USD, "key/k-1", 400_000))
     asked.write(entry_of(a_finished(figures=figures)))
@@ -231,7 +286,7 @@ async def test_estimate_says_that_nobody_told_where_it_went(asked: Asked) -> Non
         "estimated",
         0,
     )
-    assert found["timestamps"]["ended"] is None
+    assert (found["state"], found["timestamps"]["ended"]) == ("ESTIMATED", None)
     assert found["settlement"] == {"state": "WAITING", "tokens": 110, "micro_usd": 1550}
 
 
@@ -246,16 +301,35 @@ async def test_request_that_runs_is_told_with_what_is_reserved(asked: Asked) -> 
     assert await asked.is_unknown()
 
 
+async def test_admin_finds_what_runs_in_any_organisation_and_looks_in_his_own_first(asked: Asked) -> None:
+    asked.organizations = [*(f"o{number}" for number in range(120)), "globex", "acme"]
+    asked.running["acme", REQUEST_ID] = an_opened()
+    found = await asked.find(of="globex", everyones=True)
+    assert (found["state"], found["organization_id"]) == ("RUNNING", "acme")
+    assert (asked.looked_in[0], asked.looked_in.count("globex")) == ("globex", 1)
+    assert (await asked.find(of="", everyones=True))["state"] == "RUNNING"
+    assert await asked.is_unknown(of="globex")
+    asked.store_is_down = True
+    assert await asked.is_unknown(of="globex", everyones=True)
+
+
+async def test_no_more_organisations_are_looked_through_than_can_be(asked: Asked) -> None:
+    asked.organizations = [f"o{number}" for number in range(ORGANIZATIONS_MAX + 100)]
+    assert await asked.is_unknown(of="", everyones=True)
+    assert len(asked.looked_in) == ORGANIZATIONS_MAX
+
+
 # --- Which, and whose.
 
 
 async def test_clients_id_leads_to_what_was_forwarded_and_not_to_its_repetition(asked: Asked) -> None:
     mine = "11111111-1111-4111-8111-111111111111"
     first = a_finished(client_request_id=mine)
-    repeated = a_finished(request_id=OTHER, client_request_id=mine, reason="REPEATED", admitted=False, backend="")
+    repeated = a_finished(request_id=OTHER, client_request_id=mine, reason="REPEATED", admitted=False)
     asked.write(entry_of(first), entry_of(repeated))
     assert (await asked.find(mine))["request_id"] == REQUEST_ID
-    assert (await asked.find(OTHER))["decision"]["what"] == "REPEATED"
+    found = await asked.find(OTHER)
+    assert (found["decision"]["what"], found["decision"]["reason"], found["attempts"]) == ("REPEATED", None, [])
 
 
 async def test_clients_id_is_looked_for_within_the_organisation(asked: Asked) -> None:
