@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
 import secrets
 import time
-from collections.abc import Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -16,10 +13,13 @@ import click
 from rich.markup import escape
 from rich.table import Table
 
-from cli.embedded import embedded_valkey
+from cli.key_stores import active, add_everywhere, check_is_new, registers, revoke_everywhere
+from cli.key_trail import tell
+from cli.limit_store import actor_option
 from cli.shown import iso, moment_s, print_table, span_s
 from extproc.keys.record import KeyRecord, RecordInvalid, digest, fields_of, record_from
-from extproc.keys.register import FileRegister, KeyExists, KeyRegister, RedisRegister, RegisterError
+from extproc.keys.register import RegisterError
+from gateway.audit import AuditAction
 from policies.model import KeyId, OrganizationId
 
 KEY_PREFIX: Final = "rk-"
@@ -33,25 +33,6 @@ class NewKey:
 
     key: str
     record: KeyRecord
-
-
-def registers(file: Path | None, redis: str | None) -> tuple[KeyRegister, ...]:
-    """The registers that the options or the environment name.
-
-    Raises:
-        click.UsageError: none is named, or an address has the wrong form.
-    """
-    if not file and not redis:
-        redis = embedded_valkey(Path(os.environ.get("RUN_DIR", ".run")))
-    try:
-        found: list[KeyRegister] = [RedisRegister(redis)] if redis else []
-    except ValueError as error:
-        raise click.UsageError(f"--redis: {error}") from None
-    if file:
-        found.append(FileRegister(file))
-    if not found:
-        raise click.UsageError("Name a store: --file PATH or --redis ADDR, or set KEY_FILE or REDIS_ADDR.")
-    return tuple(found)
 
 
 def new_key(fields: dict[str, Any], *, signing: bool) -> NewKey:
@@ -89,47 +70,6 @@ def expiry(expires_in: str | None, expires_at: str | None, *, now: float) -> flo
     if at <= now:
         raise click.UsageError("--expires-at has passed already.")
     return at
-
-
-def add_everywhere(record: KeyRecord, stores: Sequence[KeyRegister]) -> None:
-    """Store a key in every register, or in none that stays usable.
-
-    Raises:
-        RegisterError: a register refused it; where it had been stored it is revoked.
-    """
-    for store in stores:
-        if any(record.id == other.id for other in store.records()):
-            raise KeyExists(f"{store.name} already has a key {record.id}")
-    done: list[KeyRegister] = []
-    for store in stores:
-        try:
-            store.add(record)
-        except RegisterError as error:
-            for earlier in done:
-                with suppress(RegisterError):  # nobody has seen the key: what stays of it opens nothing
-                    earlier.revoke(record.id)
-            raise RegisterError(f"{error}\nThe key was not created.") from error
-        done.append(store)
-
-
-def revoke_everywhere(key_id: KeyId, stores: Sequence[KeyRegister]) -> tuple[str, ...]:
-    """Revoke a key wherever it is; the names of the registers that had it.
-
-    Raises:
-        RegisterError: a register failed; the others were still tried.
-    """
-    had: list[str] = []
-    errors: list[str] = []
-    for store in stores:
-        try:
-            if store.revoke(key_id):
-                had.append(store.name)
-        except RegisterError as error:
-            errors.append(str(error))
-    if errors:
-        done = f"\nRevoked in {', '.join(had)}." if had else ""
-        raise RegisterError("\n".join(errors) + done)
-    return tuple(had)
 
 
 def shown(record: KeyRecord, *, store: str, now: float) -> dict[str, Any]:
@@ -181,6 +121,7 @@ def keys() -> None:
 @click.option("--expires-at", help="ISO 8601 time.")
 @click.option("--signing", is_flag=True, help="Give the key a signing secret; signatures are checked where sent.")
 @click.option("--require-signature", is_flag=True, help="As --signing, and refuse requests without a signature.")
+@actor_option
 @_stores
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def create(  # noqa: PLR0917 - one parameter an option
@@ -193,13 +134,15 @@ def create(  # noqa: PLR0917 - one parameter an option
     expires_at: str | None,
     signing: bool,
     require_signature: bool,
+    actor: str | None,
     file: Path | None,
     redis: str | None,
     as_json: bool,
 ) -> None:
     """Make a key of 256 random bits. It is shown once; only its SHA-256 digest is stored.
 
-    A signing secret is stored as it is, because signatures are computed with it.
+    A signing secret is stored as it is, because signatures are computed with it. The audit trail is told first: where
+    it cannot be, no key is made.
     """
     stores = registers(file, redis)
     fields = {
@@ -212,11 +155,14 @@ def create(  # noqa: PLR0917 - one parameter an option
         "require_signature": require_signature,
     }
     made = new_key(fields, signing=signing or require_signature)
+    names = [store.name for store in stores]
     try:
+        check_is_new(made.record.id, stores)
+        tell(AuditAction.KEY_CREATED, made.record, actor=actor, redis=redis, stores=names)
         add_everywhere(made.record, stores)
     except RegisterError as error:
         raise click.ClickException(str(error)) from None
-    (_print_json if as_json else _print_created)(made, [store.name for store in stores])
+    (_print_json if as_json else _print_created)(made, names)
 
 
 def _print_json(made: NewKey, stores: list[str]) -> None:
@@ -276,13 +222,25 @@ def _cells(row: dict[str, Any]) -> tuple[str, ...]:
 
 @keys.command()
 @click.argument("key_id")
+@actor_option
 @_stores
-def revoke(key_id: str, file: Path | None, redis: str | None) -> None:
-    """Revoke a key in every store named, for good. Running workers take notice at once."""
-    try:
-        had = revoke_everywhere(KeyId(key_id), registers(file, redis))
-    except RegisterError as error:
-        raise click.ClickException(str(error)) from None
-    if not had:
+def revoke(key_id: str, actor: str | None, file: Path | None, redis: str | None) -> None:
+    """Revoke a key in every store named, for good. Running workers take notice at once.
+
+    The audit trail is told afterwards: a key that has to go does not wait for it.
+    """
+    stores = registers(file, redis)
+    record = active(KeyId(key_id), stores)
+    done = revoke_everywhere(KeyId(key_id), stores)
+    problems = list(done.errors)
+    if done.stores and record is not None:
+        try:
+            tell(AuditAction.KEY_REVOKED, record, actor=actor, redis=redis, stores=done.stores)
+        except click.ClickException as error:
+            problems.append(f"The audit trail lacks that it was revoked: {error.message}")
+    where = " and ".join(done.stores)
+    if problems:
+        raise click.ClickException("\n".join([*problems, *([f"Revoked in {where}."] if where else [])]))
+    if not where:
         raise click.ClickException(f"There is no key {key_id}.")
-    click.echo(f"Key {key_id} is revoked in {' and '.join(had)}.")
+    click.echo(f"Key {key_id} is revoked in {where}.")
