@@ -72,7 +72,7 @@ def _print_counts(counts: Mapping[str, Any]) -> None:
     click.echo(f"\nThe journal has told of {kinds or 'nothing'}.")
     for difference in counts["differences"]:
         number = f"{difference['requests']:,} " if difference["requests"] else ""
-        click.echo(f"- {number}{difference['text']}.")
+        click.echo(f"- {number}{difference['text'].rstrip('.')}.")
     if counts["unaccounted"] == 0:
         click.echo("Every request is accounted for.")
 
@@ -92,7 +92,7 @@ def show(organization_id: str | None, since: str | None, as_json: bool) -> None:
             since=None if since_s is None else f"{since_s:.6f}",
         )["sums"]
     if as_json:
-        click.echo(json.dumps([one | {"cost_usd": _exact(one["cost_micro_usd"])} for one in sums]))
+        click.echo(json.dumps([one | {"cost_usd": one["cost_micro_usd"] / MICRO_PER_USD} for one in sums]))
         return
     if not sums:
         click.echo("There is no usage record.")
@@ -117,11 +117,6 @@ def _cells(one: Mapping[str, Any]) -> tuple[str, ...]:
     *numbers, cost = (one[name] for name in _FIGURES)
     who = (escape(plain(one[name])) for name in ("organization_id", "model"))
     return (*who, *(f"{number:,}" for number in numbers), usd(cost))
-
-
-def _exact(micro_usd: int) -> str:
-    """Dollars with all six decimals, as text: no number of JSON's would be sure to stay exact."""
-    return f"{micro_usd // MICRO_PER_USD}.{micro_usd % MICRO_PER_USD:06d}"
 
 
 def _since_s(text: str) -> float:

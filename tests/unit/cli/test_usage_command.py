@@ -121,11 +121,14 @@ def test_ledger_that_does_not_know_yet_is_asked_again(ledger: FakeLedger) -> Non
 
 
 def test_without_envoys_count_nobody_can_tell(ledger: FakeLedger) -> None:
-    ledger.answers = [(200, COUNTS | {"completed": None, "known": None, "unaccounted": None})]
+    difference = {"reason": "ENVOY_UNKNOWN", "requests": 0, "text": "Envoy's admin interface does not answer."}
+    unknown = {"completed": None, "known": None, "unaccounted": None, "differences": [difference]}
+    ledger.answers = [(200, COUNTS | unknown)]
     done = ledger.run("reconcile")
     assert done.exit_code == 1
     assert len(ledger.asked) == 1
     assert "unknown" in done.stdout
+    assert "- Envoy's admin interface does not answer.\n" in done.stdout
 
 
 def test_sums_are_shown_to_the_micro_dollar(ledger: FakeLedger) -> None:
@@ -134,7 +137,7 @@ def test_sums_are_shown_to_the_micro_dollar(ledger: FakeLedger) -> None:
     assert lines[1] == ["acme", "gpt-4o", "1,234", "5", "6", "$9,007,199,254.740993"]
     assert lines[-1] == ["all", "2,468", "10", "12", "$9,007,199,254.740994"]
     told = json.loads(ledger.run("show", "--json").stdout)
-    assert [one["cost_usd"] for one in told] == ["9007199254.740993", "0.000001"]
+    assert [one["cost_usd"] for one in told] == [9007199254.740993, 0.000001]
 
 
 def test_sums_are_asked_for_an_organisation_and_since_a_time(ledger: FakeLedger) -> None:
