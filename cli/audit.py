@@ -11,23 +11,21 @@ from itertools import islice
 from typing import Any, Final
 
 import click
-from rich.markup import escape
-from rich.table import Table
 
+from cli.event_lines import print_events
 from cli.explain import explain
-from cli.ledger import Ledger, LedgerAway, ledger
+from cli.ledger import Ledger, LedgerAway, key_option, ledger, running_ledger, url_option
 from cli.limit_store import json_option, on_store, redis_option
-from cli.shown import iso, moment_s, plain, print_table, span_s
+from cli.shown import moment_s, span_s
 from gateway.audit import AuditAction, AuditEvent
 from gateway.endpoints import AUDIT_PATH
 from limits.audit_reader import Found, read_events
 from limits.valkey import ValkeyLimits
+from usage.record import MICRO, iso
 
 LIMIT_MAX: Final = 10_000
 PAGE_MAX: Final = 500
 """Events that the ledger tells at once."""
-DETAILS_CHARS_MAX: Final = 240
-"""In the table, where a figure of every limit would be a page; JSON has all of it."""
 
 
 @click.group()
@@ -48,7 +46,10 @@ audit.add_command(explain)
     help=f"Only {', '.join(action.value for action in AuditAction)}.",
 )
 @click.option("--since", help="90s, 30m, 12h, 30d or 8w ago, or an ISO 8601 time.")
+@click.option("--until", help="As --since; events of that moment are left out.")
 @click.option("--limit", type=click.IntRange(1, LIMIT_MAX), default=50, show_default=True, help="Events at most.")
+@url_option
+@key_option
 @redis_option
 @json_option
 def list_(  # noqa: PLR0917 - one parameter an option
@@ -56,7 +57,10 @@ def list_(  # noqa: PLR0917 - one parameter an option
     request_id: str | None,
     action: str | None,
     since: str | None,
+    until: str | None,
     limit: int,
+    url: str | None,
+    key: str | None,
     redis: str | None,
     as_json: bool,
 ) -> None:
@@ -65,14 +69,18 @@ def list_(  # noqa: PLR0917 - one parameter an option
     The ledger keeps them for USAGE_RETENTION_DAYS, requests that were let through included. Without it, or with
     --redis, those are listed that the limit store has: the newest AUDIT_EVENTS_MAX of all organisations together.
     """
+    if url is not None and redis is not None:
+        raise click.UsageError("Give --url or --redis, not both.")
+    now_s = time.time()
     wanted = Wanted(
         organization_id=organization_id,
         request_id=request_id,
         action=None if action is None else AuditAction(action),
-        since_s=None if since is None else _since_s(since, now_s=time.time()),
+        since_s=_moment_s("--since", since, now_s=now_s),
+        until_s=_moment_s("--until", until, now_s=now_s),
         limit=limit,
     )
-    found = _look(wanted, redis)
+    found = _look(wanted, redis) if url is None else _look_through(url, key, wanted)
     if found.unreadable:
         click.echo(f"{found.unreadable} entries of the stream are no event that this version knows.", err=True)
     if as_json:
@@ -81,23 +89,24 @@ def list_(  # noqa: PLR0917 - one parameter an option
     if not found.events:
         click.echo("There is no such event.")
         return
-    table = Table(box=None, header_style="bold")
-    for heading in ("TIME", "ACTION", "ORG", "ACTOR", "REQUEST", "DETAILS"):
-        table.add_column(heading, overflow="fold")
-    for event in found.events:
-        table.add_row(*_cells(event))
-    print_table(table)
+    print_events(found.events)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Wanted:
-    """Which events; None: whatever it is. ``since_s`` is unix seconds."""
+    """Which events; None: whatever it is. ``since_s`` and ``until_s``, the first moment after, are unix seconds."""
 
     organization_id: str | None
     request_id: str | None
     action: AuditAction | None
     since_s: float | None
+    until_s: float | None
     limit: int
+
+
+def _look_through(url: str, key: str | None, wanted: Wanted) -> Found:
+    with running_ledger(url, key) as found:
+        return Found(events=tuple(islice(_of_ledger(found, wanted), wanted.limit)), unreadable=0)
 
 
 def _look(wanted: Wanted, redis: str | None) -> Found:
@@ -123,6 +132,7 @@ def _of_ledger(asked: Ledger, wanted: Wanted) -> Iterator[AuditEvent]:
             request_id=wanted.request_id,
             action=None if wanted.action is None else wanted.action.value,
             since=None if wanted.since_s is None else f"{wanted.since_s:.6f}",
+            until=None if wanted.until_s is None else f"{wanted.until_s:.6f}",
             limit=min(wanted.limit, PAGE_MAX),
             cursor=cursor,
         )
@@ -134,35 +144,25 @@ def _of_ledger(asked: Ledger, wanted: Wanted) -> Iterator[AuditEvent]:
             return
 
 
-def _since_s(text: str, *, now_s: float) -> float:
+def _moment_s(option: str, text: str | None, *, now_s: float) -> float | None:
+    if text is None:
+        return None
     span = span_s(text)
     at = moment_s(text) if span is None else now_s - span
     if at is None:
-        raise click.UsageError("--since is 90s, 30m, 12h, 30d or 8w, or an ISO 8601 time such as 2030-01-31T12:00:00Z.")
+        form = "90s, 30m, 12h, 30d or 8w, or an ISO 8601 time such as 2030-01-31T12:00:00Z"
+        raise click.UsageError(f"{option} is {form}.")
     return at
 
 
 def event_json(event: AuditEvent) -> dict[str, Any]:
-    """An event as the contract has it; ``created_at`` is unix seconds."""
+    """An event as the contract has it."""
     return {
         "event_id": event.event_id,
         "request_id": event.request_id,
         "organization_id": event.organization_id,
         "actor": event.actor,
         "action": event.action.value,
-        "created_at": event.created_at,
+        "created_at": iso(round(event.created_at * MICRO)),
         "metadata": event.metadata,
     }
-
-
-def _cells(event: AuditEvent) -> tuple[str, ...]:
-    details = " ".join(f"{name}={_detail(value)}" for name, value in event.metadata.items())
-    if len(details) > DETAILS_CHARS_MAX:
-        details = details[:DETAILS_CHARS_MAX] + "…"
-    who = (event.organization_id, event.actor, event.request_id)
-    # Plain text: what a client sent may hold what steers a terminal, or looks like the table's own markup.
-    return (iso(event.created_at), event.action.value, *(escape(plain(text)) or "-" for text in (*who, details)))
-
-
-def _detail(value: Any) -> str:
-    return value if isinstance(value, str) else json.dumps(value, separators=(",", ":"))

@@ -10,6 +10,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Final, Literal
 
+from cli.shown import dollars, usd
 from policies.candidates import candidates_among, is_override, resolve, variant_of
 from policies.model import KeyId, ModelName, OrganizationId, Policy, Price
 from policies.price import FREE, cost_micro_usd, dearest, written
@@ -102,7 +103,8 @@ def _of_price(receipt: Mapping[str, Any], choice: _Choice | None, why_not: str) 
         yield _unknown("price of 1,000 tokens", why_not)
     cost = cost_micro_usd(used, **{name: usage[name] for name in _TOKENS}) if usage else 0
     yield _check("cost in micro-dollars", receipt["cost_micro_usd"], cost)
-    yield _check("cost in dollars", receipt["cost_usd"], receipt["cost_micro_usd"] / MICRO)
+    in_dollars = receipt["cost_micro_usd"] / MICRO
+    yield _check("cost in dollars", dollars(receipt["cost_usd"]), dollars(in_dollars))
 
 
 def _of_settlement(receipt: Mapping[str, Any]) -> Iterator[Check]:
@@ -148,5 +150,5 @@ def _price_shown(price: Price | None) -> str:
     if price is None:
         return "none"
     special = {"cached": price.cached_input_micro_usd_per_1k, "reasoning": price.reasoning_micro_usd_per_1k}
-    parts = [f"input {price.input_micro_usd_per_1k}", f"output {price.output_micro_usd_per_1k}"]
-    return ", ".join([*parts, *(f"{name} {value}" for name, value in special.items() if value is not None)])
+    parts = [f"input {usd(price.input_micro_usd_per_1k)}", f"output {usd(price.output_micro_usd_per_1k)}"]
+    return ", ".join([*parts, *(f"{name} {usd(value)}" for name, value in special.items() if value is not None)])

@@ -72,7 +72,10 @@ def _print(receipt: Mapping[str, Any], made: Sequence[Check]) -> None:
         ("Attempts", _rows(receipt["attempts"], ("backend_id", "outcome", "status", "flags", "duration_ms"))),
         (
             "Limits",
-            _rows(receipt["limits"], ("subject", "unit", "period", "window", "limit", "current_usage", "remaining")),
+            _rows(
+                map(_limit, receipt["limits"]),
+                ("subject", "unit", "period", "window", "limit", "current_usage", "remaining"),
+            ),
         ),
         ("Events", _rows(receipt["events"], ("created_at", "action", "actor", "event_id"))),
     ):
@@ -80,22 +83,28 @@ def _print(receipt: Mapping[str, Any], made: Sequence[Check]) -> None:
             click.echo(f"\n{title}")
             print_table(table)
     click.echo("\nWorked out again")
-    table = Table("FIGURE", "WRITTEN DOWN", "WORKED OUT", "", box=None, header_style="bold")
+    table = Table(box=None, header_style="bold")
+    table.add_column("FIGURE", overflow="fold")
+    # What is compared is shown whole, over several lines where there is no room.
+    table.add_column("WRITTEN DOWN", overflow="fold")
+    table.add_column("WORKED OUT", overflow="fold")
+    table.add_column("", no_wrap=True)
     for check in made:
         table.add_row(check.figure, _cell(check.told), _cell(check.derived), _VERDICTS[check.verdict])
     print_table(table)
 
 
-def _head(receipt: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+def _head(receipt: Mapping[str, Any]) -> Iterator[tuple[str, str | None]]:
     decision, usage, price = receipt["decision"], receipt["usage"], receipt["price"]
     yield "request", receipt["request_id"]
     yield "client's id", receipt["client_request_id"]
-    yield "organisation", f"{receipt['organization_id']}, key {receipt['api_key_id']}"
-    yield "asked", f"{receipt['endpoint']}, model {receipt['model']}"
+    yield "organisation", _joined(("", receipt["organization_id"]), ("key ", receipt["api_key_id"]))
+    yield "asked", _joined(("", receipt["endpoint"]), ("model ", receipt["model"]))
     yield "time", f"{receipt['timestamps']['started']} to {receipt['timestamps']['ended'] or '?'}"
-    yield "state", f"{receipt['state']}, status {receipt['status']}"
-    yield "decision", ", ".join(filter(None, (decision["what"], decision["reason"], decision["limit_state"])))
+    yield "state", _joined(("", receipt["state"]), ("status ", receipt["status"]))
+    yield "decision", _joined(("", decision["what"]), ("", decision["reason"]), ("", decision["limit_state"]))
     yield "policy", receipt["policy_version"]
+    yield "metadata", _joined(*((f"{name}=", value) for name, value in (receipt["metadata"] or {}).items()))
     if usage is not None:
         yield (
             "usage",
@@ -109,6 +118,18 @@ def _head(receipt: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     yield "settlement", receipt["settlement"]["state"]
     yield "delivery", receipt["delivery"]["state"]
     yield "trace", receipt["trace_id"]
+
+
+def _joined(*parts: tuple[str, Any]) -> str | None:
+    """What is known of these, each after its word; None where nothing is."""
+    return ", ".join(f"{word}{value}" for word, value in parts if value is not None) or None
+
+
+def _limit(limit: Mapping[str, Any]) -> Mapping[str, Any]:
+    """A limit, with its figures as a person reads them."""
+    exact = limit.get("micro_usd")
+    names = ("limit", "current_usage", "remaining")
+    return {**limit, **{name: f"{limit[name]:,}" if exact is None else usd(exact[name]) for name in names}}
 
 
 def _grid(pairs: Iterable[tuple[str, Any]]) -> Table:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 from datetime import UTC, datetime
+from decimal import Decimal
 from typing import Final
 
 from rich.console import Console
@@ -37,6 +38,11 @@ def iso(at_s: float) -> str:
     return datetime.fromtimestamp(at_s, UTC).isoformat(timespec="seconds").replace("+00:00", "Z")
 
 
+def second(at_s: float) -> str:
+    """Unix seconds as date and time in UTC, for columns that say that it is UTC."""
+    return f"{datetime.fromtimestamp(at_s, UTC):%Y-%m-%d %H:%M:%S}"
+
+
 def duration(ms: int) -> str:
     """The two largest units of a duration, rounded up: ``250ms``, ``42s``, ``2m30s``, ``3h5m``, ``6d4h``."""
     if ms < _SECOND_MS:
@@ -57,12 +63,28 @@ def usd(micro_usd: int) -> str:
     return f"{'-' if micro_usd < 0 else ''}${whole:,}.{decimals}"
 
 
+def dollars(amount: float) -> str:
+    """Dollars of a number that JSON had, as :func:`usd` shows them; exact also where they are no micro-dollars."""
+    micro_usd = round(amount * MICRO_PER_USD)
+    return usd(micro_usd) if micro_usd / MICRO_PER_USD == amount else f"${decimal(amount)}"
+
+
+def decimal(number: float) -> str:
+    """A number without an exponent: ``0.00008``."""
+    return f"{Decimal(str(number)):f}"
+
+
 def plain(text: str) -> str:
     """Text that cannot steer a terminal: what is not printable is written as an escape."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
-def print_table(table: Table) -> None:
+def console() -> Console:
     """As wide as the terminal; where there is none, wide enough that lines stay lines."""
     width = None if "COLUMNS" in os.environ or Console().is_terminal else WIDTH_MAX
-    Console(width=width, highlight=False).print(table)
+    return Console(width=width, highlight=False)
+
+
+def print_table(table: Table) -> None:
+    """Print a table to the :func:`console`."""
+    console().print(table)

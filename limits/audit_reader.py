@@ -64,8 +64,11 @@ async def read_events(
     request_id: str | None = None,
     action: AuditAction | None = None,
     since_s: float | None = None,
+    until_s: float | None = None,
 ) -> Found:
-    """The newest events of which every filter holds, each once; ``since_s`` is unix seconds.
+    """The newest events of which every filter holds, each once.
+
+    ``since_s`` is the first moment and ``until_s`` the first one after, in unix seconds.
 
     Newest is by the time of writing: what waited for the store is where it was written. Read a page at a time, so
     neither side holds the whole stream.
@@ -88,6 +91,7 @@ async def read_events(
                 and request_id in {None, event.request_id}
                 and action in {None, event.action}
                 and (since_s is None or event.created_at >= since_s)
+                and (until_s is None or event.created_at < until_s)
             ):
                 found[event.event_id] = event
         if len(page) < PAGE_EVENTS:

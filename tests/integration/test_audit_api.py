@@ -142,7 +142,8 @@ def test_clients_own_id_leads_to_the_request_and_not_to_its_repetition(acme: htt
     first = acme.post(INFERENCE, json=body)
     eventually(lambda: "x-idempotent-replay" in acme.post(INFERENCE, json=body).headers, "the answer is repeated")
     repeated = acme.post(INFERENCE, json=body)
-    assert receipt(acme, repeated.headers["x-request-id"])["decision"]["what"] == "REPEATED"
+    again = receipt(acme, repeated.headers["x-request-id"])
+    assert (again["decision"]["what"], again["decision"]["reason"], again["attempts"]) == ("REPEATED", None, [])
     found = receipt(acme, body["request_id"])
     assert (found["request_id"], found["client_request_id"]) == (first.headers["x-request-id"], body["request_id"])
     assert found["decision"]["what"] == "PRIMARY"
@@ -184,7 +185,7 @@ def test_denied_request_has_a_receipt_with_its_event(stack: Stack) -> None:
     assert found["limits"][0]["remaining"] <= 1
 
 
-def test_request_that_runs_says_so(stack: Stack, acme: httpx.Client) -> None:
+def test_request_that_runs_says_so(stack: Stack, acme: httpx.Client, org: str) -> None:
     stack.mocks["a"].fail("hold", events=1)
     with acme.stream("POST", CHAT, json=chat(stream=True)) as response:
         assert response.status_code == 200
@@ -192,6 +193,9 @@ def test_request_that_runs_says_so(stack: Stack, acme: httpx.Client) -> None:
         assert found["settlement"]["state"] == "RESERVED"
         assert found["settlement"]["micro_usd"] > 0
         assert found["candidates"][0]["backend_id"] == "a"
+        with stack.client(ADMIN) as admin:
+            assert receipt(admin, found["request_id"], state="RUNNING")["organization_id"] == org
+        assert output(stack, "audit", "explain", found["request_id"])["receipt"]["state"] == "RUNNING"
         stack.mocks["a"].release()
         response.read()
     assert receipt(acme, response.headers["x-request-id"])["state"] == "ENDED"
@@ -304,6 +308,7 @@ def test_listing_shows_what_was_let_through_and_what_was_not(stack: Stack) -> No
         ("limit", "501"),
         ("cursor", "!"),
         ("cursor", "WzFd"),
+        ("cursor", "WzEsMiwzXQ"),
         ("organisation", "acme"),
     ],
 )
@@ -311,6 +316,18 @@ def test_bad_parameter_is_named(acme: httpx.Client, name: str, value: str) -> No
     response = acme.get(REQUESTS, params={name: value})
     assert response.status_code == 400
     assert (response.json()["code"], response.json()["param"]) == ("VALIDATION_ERROR", name)
+
+
+def test_receipt_takes_no_parameter(acme: httpx.Client) -> None:
+    response = acme.get(f"{REQUESTS}/x", params={"verbose": "1"})
+    assert (response.status_code, response.json()["param"]) == (400, "verbose")
+
+
+def test_listing_finds_a_request_by_its_clients_own_id(acme: httpx.Client) -> None:
+    body = inference()
+    request_id = acme.post(INFERENCE, json=body).headers["x-request-id"]
+    receipt(acme, request_id)
+    assert [event["request_id"] for event in events(acme, request_id=body["request_id"])] == [request_id]
 
 
 # --- Commands.
@@ -391,7 +408,10 @@ def test_list_shows_what_the_ledger_keeps(stack: Stack, acme: httpx.Client, org:
     assert done.stderr == ""
     [event] = json.loads(done.stdout)
     assert (event["action"], event["request_id"]) == ("REQUEST_ALLOWED", request_id)
-    assert isinstance(event["created_at"], float)
+    assert event["created_at"] == receipt(acme, request_id)["timestamps"]["started"]
+    through = router(stack, "audit", "list", "--url", stack.url, "--key", f"dev-{org}-alice", "--json")
+    assert json.loads(through.stdout) == [event]
+    assert output(stack, "audit", "list", "--org", org, "--until", event["created_at"]) == []
 
 
 def test_sums_are_exact(stack: Stack, acme: httpx.Client, org: str) -> None:
@@ -401,7 +421,7 @@ def test_sums_are_exact(stack: Stack, acme: httpx.Client, org: str) -> None:
     assert {model: one["requests"] for model, one in sums.items()} == {"gpt-4o": 5, "spared": 2}
     cost = sum(found["cost_micro_usd"] for found in receipts if found["model"] == "gpt-4o")
     assert sums["gpt-4o"]["cost_micro_usd"] == cost
-    assert sums["gpt-4o"]["cost_usd"] == f"{cost // 1_000_000}.{cost % 1_000_000:06d}"
+    assert sums["gpt-4o"]["cost_usd"] == cost / 1_000_000
     assert output(stack, "usage", "show", "--org", org, "--since", "2999-01-01T00:00:00Z") == []
     text = router(stack, "usage", "show", "--org", org).stdout
     assert [line.split()[:2] for line in text.splitlines() if org in line] == [[org, "gpt-4o"], [org, "spared"]]

@@ -164,6 +164,13 @@ async def test_without_the_policy_the_price_is_worked_out_all_the_same(tmp_path:
     assert "cost in micro-dollars" in differing(receipt, None)
 
 
+async def test_money_is_told_in_dollars_without_an_exponent(tmp_path: Path) -> None:
+    receipt = await a_receipt(tmp_path, reported=a_usage(10, 2))
+    told = {check.figure: check.told for check in checks(receipt, POLICY, why_not="")}
+    assert told["cost in dollars"] == "$0.00008"
+    assert told["price of 1,000 tokens"] == "input $0.005, output $0.015, cached $0.001"
+
+
 @given(
     tokens=st.tuples(st.integers(0, 10**9), st.integers(0, 10**9), st.integers(0, 10**9)),
     prices=st.tuples(st.integers(0, 10**9), st.integers(0, 10**9), st.none() | st.integers(0, 10**9)),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from cli.shown import duration, moment_s, plain, span_s, usd
+from cli.shown import decimal, dollars, duration, moment_s, plain, second, span_s, usd
 
 
 @pytest.mark.parametrize(
@@ -52,3 +52,19 @@ def test_spans_and_moments_are_read() -> None:
 
 def test_plain_text_cannot_steer_a_terminal() -> None:
     assert plain("a\x1b[31m\u202e\nzoë") == "a\\x1b[31m\\u202e\\nzoë"
+
+
+@pytest.mark.parametrize(
+    ("amount", "text"),
+    [(8e-05, "$0.00008"), (0.0, "$0.00"), (1234.5, "$1,234.50"), (1e-07, "$0.0000001"), (5, "$5.00")],
+)
+def test_dollars_have_no_exponent(amount: float, text: str) -> None:
+    assert dollars(amount) == text
+
+
+def test_number_has_no_exponent() -> None:
+    assert (decimal(8e-05), decimal(0.5)) == ("0.00008", "0.5")
+
+
+def test_second_is_utc() -> None:
+    assert second(1_700_000_000.9) == "2023-11-14 22:13:20"
