@@ -107,9 +107,9 @@ def test_request_that_runs_is_as_documented(world: World) -> None:
 
 
 def test_events_of_every_action_are_as_documented(world: World) -> None:
-    with world.client(key_of("strict")) as client, world.client("dev-root-admin") as admin:
-        post(client, CHAT, "solo")
-        post(client, CHAT, "nope")
+    with world.client() as client, world.client("rk-nobody") as nobody, world.client("dev-root-admin") as admin:
+        assert post(client, CHAT, "solo").status_code == 200
+        assert post(nobody, CHAT).status_code == 401
 
         def actions() -> set[str]:
             response = admin.get(EVENTS, params={"limit": 500})
