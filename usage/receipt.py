@@ -77,7 +77,7 @@ def receipt_of(kept: Kept) -> Json:
         "policy_version": told["policy"] or None,
         "candidates": candidates_of(kept.policy, request.organization_id, told["model"], told["api_key_id"]),
         "attempts": _attempts(kept),
-        "limits": _limits(told.get("figures", ""), at_ms=request.started_us // 1000),
+        "limits": _limits(told.get("figures", ""), at_ms=told.get("admitted_ms") or request.started_us // 1000),
         "metadata": record.get("metadata"),
         "usage": _usage(record),
         "price": _price(told["prices"], _charged(kept)) if record and told["prices"] else None,
