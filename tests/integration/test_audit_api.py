@@ -430,6 +430,10 @@ def test_sums_are_exact(stack: Stack, acme: httpx.Client, org: str) -> None:
 def test_counts_agree_and_differences_are_told(stack: Stack, acme: httpx.Client) -> None:
     for _ in range(5):
         call(acme, CHAT)
+    assert acme.get(f"{REQUESTS}/a%00b").status_code == 400  # Envoy itself: it has no request id yet
+    assert acme.get("/nowhere").status_code == 404
+    with pytest.raises(httpx.ReadTimeout):  # the client leaves before there are headers
+        acme.post(CHAT, json=chat(), headers={"x-mock-fault": "slow=2"}, timeout=0.3)
 
     def told() -> Any:
         return output(stack, "usage", "reconcile")
