@@ -69,7 +69,7 @@ def _print_counts(counts: Mapping[str, Any]) -> None:
     ):
         table.add_row(name, "unknown" if value is None else f"{value:,}")
     print_table(table)
-    click.echo(f"\nThe journal has told of {kinds or 'nothing'}.")
+    click.echo(f"\nEver told of: {kinds or 'nothing'}.")
     for difference in counts["differences"]:
         number = f"{difference['requests']:,} " if difference["requests"] else ""
         click.echo(f"- {number}{difference['text'].rstrip('.')}.")
