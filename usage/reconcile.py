@@ -74,6 +74,7 @@ class Reconciliation:
         self._metrics = metrics
         self._log = log
         self._clock_s = clock_s
+        self._one = asyncio.Lock()
         self._counts: deque[EnvoyCount] = deque()
         self._missing: deque[tuple[EnvoyCount, int]] = deque()
         self.unaccounted: int | None = None
@@ -94,9 +95,15 @@ class Reconciliation:
         Raises:
             sqlite3.Error: the spool cannot be read.
         """
-        count = await self._ask()
+        async with self._one:
+            count = await self._ask()
+            if count is not None:
+                await self._take(count)
         if count is None:
             return None
+        return count, await self._archive.known(count.started_us, until_us=count.at_us) or 0
+
+    async def _take(self, count: EnvoyCount) -> None:
         if self._counts and self._counts[-1].started_us != count.started_us:
             self._counts.clear()
             self._missing.clear()
@@ -105,7 +112,6 @@ class Reconciliation:
             while self._counts[0].at_us <= count.at_us - LAG_S * MICRO:
                 await self._look_back(self._counts.popleft())
             self._tell(count)
-        return count, await self._archive.known(count.started_us, until_us=count.at_us) or 0
 
     async def _look_back(self, count: EnvoyCount) -> None:
         """What is missing by now of the requests that had ended then."""

@@ -59,6 +59,8 @@ _DAMAGE: Final = frozenset({sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB})
 PRUNED_AT_ONCE: Final = 2000
 BUSY_MS: Final = 5000
 MOMENT_US: Final = 10_000
+_NOTHING_USED: Final = json.dumps((0, 0, 0, ""))
+"""The settlement of a request that left nothing open, as far as it was known."""
 EXPIRE: Final = "expire"
 """In the place of a settlement: close the open entry with what was reserved."""
 
@@ -174,7 +176,9 @@ class Spool:
             return entry
         if not entry.revision:  # it is overdue in the limit store, whatever was settled there: that has been lost
             self._db.execute(
-                "UPDATE requests SET settled = 0 WHERE request_id = ? AND settled = 1", (entry.request_id,)
+                "UPDATE requests SET settled = 0, settlement = coalesce(settlement, ?)"
+                " WHERE request_id = ? AND settled = 1",
+                (_NOTHING_USED, entry.request_id),
             )
             return None
         old = self._db.execute(

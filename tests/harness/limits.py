@@ -33,7 +33,8 @@ class StoreView:
     """What the limit store of a stack holds, read behind the router's back."""
 
     def __init__(self, stack: Stack) -> None:
-        self._client: Any = redis.Redis.from_url(stack.environ["REDIS_ADDR"], decode_responses=True)
+        self._address = stack.environ["REDIS_ADDR"]
+        self._client: Any = redis.Redis.from_url(self._address, decode_responses=True)
 
     def spend(self, organization_id: str, subject: str = "org", period: str = "MONTHLY") -> dict[str, int]:
         """What the running period holds; nothing where there is none."""
@@ -65,6 +66,21 @@ class StoreView:
         keys = [key for key in self._client.scan_iter() if key != "router:ledger"]
         if keys:
             self._client.delete(*keys)
+
+    def save(self, organization_id: str) -> dict[bytes, bytes]:
+        """All that the store knows of an organisation."""
+        with redis.Redis.from_url(self._address) as client:
+            keys = list(client.scan_iter(f"router:{{{organization_id}}}:*"))
+            return {key: dump for key in keys if (dump := client.dump(key)) is not None}
+
+    def lose_since(self, organization_id: str, saved: Mapping[bytes, bytes]) -> None:
+        """Make the store know again what it knew then, as a replica does that was behind."""
+        with redis.Redis.from_url(self._address) as client, client.pipeline(transaction=True) as pipe:
+            for key in client.scan_iter(f"router:{{{organization_id}}}:*"):
+                pipe.delete(key)
+            for key, dump in saved.items():
+                pipe.restore(key, 0, dump)
+            pipe.execute()
 
     def close(self) -> None:
         """Close the connection."""

@@ -280,6 +280,28 @@ def test_request_that_outlives_its_deadline_is_charged_what_it_used_in_the_end(f
     acme.has_spent([used])
 
 
+def test_settlement_that_the_store_has_lost_is_made_again(frail: Stack) -> None:
+    """A replica that was behind takes over, and what was acknowledged is open again."""
+    acme, view = Organization(frail), StoreView(frail)
+    for mock in frail.mocks.values():
+        mock.fail("hold", events=1)
+    with acme.client() as client, client.stream("POST", CHAT, json=STREAM_WITH_USAGE) as response:
+        assert response.status_code == 200
+        chunks = response.iter_text()
+        first = next(chunks)
+        before = view.save(acme.id)
+        for mock in frail.mocks.values():
+            mock.heal()
+            mock.release()
+        used = usage_of_events(first + "".join(chunks))
+    acme.has_spent([used])
+    swept = metric(frail, "swept_total")
+    view.lose_since(acme.id, before)
+    eventually(lambda: metric(frail, "swept_total") > swept, "the ledger finds it open again")
+    acme.has_spent([used])
+    view.close()
+
+
 def test_what_ends_while_the_store_is_down_is_charged_when_it_is_back(frail: Stack) -> None:
     acme = Organization(frail)
     assert frail.valkey is not None

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from gateway.audit import AuditAction
+from limits.model import Settlement
 from tests.unit.usage.usage_builders import START_S, a_settlement, a_spool, an_attempt, an_entry, an_event
 from usage.spool import (
     _PRUNE_EVENTS,
@@ -278,3 +279,15 @@ def test_whoever_reads_does_not_hold_up_a_checkpoint(spool: Spool) -> None:
         assert not spool.checkpoint()
         assert time.monotonic() - started_s < 1
     assert spool.checkpoint()
+
+
+def test_what_is_open_after_all_is_settled_again_with_what_it_used(spool: Spool) -> None:
+    used, nothing = an_entry("r-1"), an_entry("r-2", settlement=None)
+    spool.write(Changes(entries=[used, nothing], settled=[used]))
+    assert spool.unsettled(most=9) == []
+    estimates = [an_entry(entry.request_id, revision=0, settlement=EXPIRE) for entry in (used, nothing)]
+    assert spool.write(Changes(entries=estimates)) == []
+    found = [entry.settlement for entry in spool.unsettled(most=9)]
+    assert found[0] == used.settlement
+    assert isinstance(found[1], Settlement)
+    assert (found[1].tokens, found[1].micro_usd, found[1].charge_to) == (0, 0, "")
