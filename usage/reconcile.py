@@ -101,7 +101,10 @@ class Reconciliation:
                 await self._take(count)
         if count is None:
             return None
-        return count, await self._archive.known(count.started_us, until_us=count.at_us) or 0
+        known = await self._archive.known(count.started_us, until_us=count.at_us)
+        if known is None:
+            known = await self._archive.ended(since_us=count.started_us, until_us=count.at_us)
+        return count, known
 
     async def _take(self, count: EnvoyCount) -> None:
         if self._counts and self._counts[-1].started_us != count.started_us:

@@ -142,6 +142,12 @@ async def test_requests_that_were_told_of_are_accounted_for(ledger: Ledger) -> N
     assert await ledger.settled() == value(ledger.counted.unaccounted) == 0
 
 
+async def test_what_is_known_is_told_from_the_first_look_on(ledger: Ledger) -> None:
+    ledger.end(3)
+    assert await ledger.compare() == (3, 3)
+    assert ledger.unaccounted is None
+
+
 async def test_request_is_unaccounted_once_it_should_have_been_told_of(ledger: Ledger) -> None:
     await after_the_first(ledger)
     ledger.end(1)
