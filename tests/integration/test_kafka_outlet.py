@@ -195,7 +195,7 @@ async def test_too_large_for_the_broker_is_found_among_the_batch(kafka: Kafka) -
         assert await outlet.deliver(messages(1)) == 1
         kafka.refuse(MSG_SIZE_TOO_LARGE, times=3)  # of 64, of 8 and of one
         sent = messages(64, start=1, organizations=1)
-        with pytest.raises(Refused, match="id-1 ") as refused:
+        with pytest.raises(Refused, match="id-1/1 ") as refused:
             await outlet.deliver(sent)
         assert (refused.value.safe, refused.value.of_topic) == (0, False)
         await deliver_all(outlet, sent[1:])
