@@ -108,9 +108,7 @@ class Delivery:
         while True:
             stream.written.clear()
             try:
-                if stream.again_at is not None:
-                    await self._offer_again(stream, stream.again_at)
-                more = await self._hand_on(stream)
+                more = await self._offer_again(stream) or await self._hand_on(stream)
                 if stream is self._records:
                     await self._measure()
             except sqlite3.Error as error:
@@ -138,16 +136,21 @@ class Delivery:
             self._writer.insist(changes)
         return at == places[-1][0] and len(places) == BATCH_MAX
 
-    async def _offer_again(self, stream: Stream, after: int) -> None:
-        """Offer some of what was refused before; what is refused again stays where it is."""
+    async def _offer_again(self, stream: Stream) -> bool:
+        """Offer some of what was refused before a start; whether there may be more. What is refused again stays."""
+        after = stream.again_at
+        if after is None:
+            return False
         places = await stream.read(after, stream.mark)
-        stream.again_at = None
-        if places:
-            at, changes = await self._deliver(stream, places)
-            stream.again_at = max(at, after)
-            changes.offered_again = [(stream.mark, place) for place, _ in places if place <= at]
-            changes.marks[count_mark(stream.mark)] = stream.taken
-            self._writer.insist(changes)
+        if not places:
+            stream.again_at = None
+            return False
+        at, changes = await self._deliver(stream, places)
+        stream.again_at = max(at, after)
+        changes.offered_again = [(stream.mark, place) for place, _ in places if place <= at]
+        changes.marks[count_mark(stream.mark)] = stream.taken
+        self._writer.insist(changes)
+        return True  # nothing else comes between: an outlet that is down goes on with the same messages
 
     async def _deliver(self, stream: Stream, places: Places) -> tuple[int, Changes]:
         """The place up to which nothing need be offered again, and what of it was refused."""
