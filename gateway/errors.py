@@ -216,7 +216,7 @@ REFUSALS: Final[dict[Reason, Refusal]] = {
         "SERVICE_UNAVAILABLE",
         "server_error",
         "service_unavailable",
-        "The router cannot decide at the moment; try again.",
+        "The router cannot answer at the moment; try again.",
     ),
     Reason.BUG: _refusal(
         500, "INTERNAL_ERROR", "server_error", "internal_error", "The router failed; the log has this error's id."
