@@ -142,6 +142,14 @@ async def until_delivered(ledger: FedLedger, count: int, *, within_s: float) -> 
         await asyncio.sleep(0.05)
 
 
+async def until_read(ledger: FedLedger, left_bytes: int, *, within_s: float) -> None:
+    """Wait until no more than this of the journal is still to be read."""
+    end_s = time.monotonic() + within_s
+    while (left := await asyncio.to_thread(ledger.metric, "journal_unread_bytes")) > left_bytes:
+        assert time.monotonic() < end_s, f"{left} bytes of the journal unread after {within_s} s"
+        await asyncio.sleep(0.05)
+
+
 def _a_request(number: int) -> dict[str, Any]:
     return {
         "listener": names.LISTENER_PUBLIC,

@@ -10,13 +10,15 @@ import pytest
 
 from bench.limits import running_valkey
 from tests.harness.process import eventually
-from tests.harness.usage_feed import FedLedger, a_ledger, feeding, until_delivered
+from tests.harness.usage_feed import FedLedger, a_ledger, feeding, until_delivered, until_read
 
 pytestmark = [pytest.mark.live, pytest.mark.timeout(3600)]
 
 RECORDS = 1_000_000
 STEP = 50_000
 AHEAD_MAX = 4000
+UNREAD_MAX_BYTES = 2 * 1024 * 1024
+"""What waits takes room, to a bound; what is to be seen here is whether something stays that does not wait."""
 SETTLED_AT = 200_000
 """By then everything that grows to a bound has grown to it."""
 DAY_S = 86_400
@@ -39,6 +41,7 @@ async def tell(ledger: FedLedger) -> list[float]:
                 await feed.tell(500)
                 if feed.told > AHEAD_MAX:
                     await until_delivered(ledger, feed.told - AHEAD_MAX, within_s=120)
+                    await until_read(ledger, UNREAD_MAX_BYTES, within_s=120)
             memory_mb.append(ledger.rss_mb())
             print(f"{feed.told:,} records: {memory_mb[-1]:.0f} MB, {ledger.cpu_s():.0f} s of a core")
         await until_delivered(ledger, RECORDS, within_s=120)
