@@ -140,26 +140,16 @@ class Archive:
             row = db.execute("SELECT value FROM marks WHERE name = ?", (ENDED_MARK,)).fetchone()
             if row is None:
                 return None
-            started_us, before = json.loads(row[0])
-            [(since,)] = db.execute(
-                "SELECT coalesce(sum(requests), 0) FROM ended WHERE moment BETWEEN ? AND ?",
-                (envoy_started_us // MOMENT_US, until_us // MOMENT_US),
-            )
-            return int(since + (before if started_us == envoy_started_us else 0))
+            of_us, since_us, before = json.loads(row[0])
+            if of_us != envoy_started_us:
+                since_us, before = envoy_started_us, 0
+            return int(before + _ended(db, since_us, until_us))
 
         return await self.call(look)
 
     async def ended(self, *, since_us: int, until_us: int) -> int:
         """How many requests are known that ended between two moments, as far as that is not folded."""
-
-        def look(db: sqlite3.Connection) -> int:
-            [(count,)] = db.execute(
-                "SELECT coalesce(sum(requests), 0) FROM ended WHERE moment BETWEEN ? AND ?",
-                (since_us // MOMENT_US, until_us // MOMENT_US),
-            )
-            return int(count)
-
-        return await self.call(look)
+        return await self.call(lambda db: _ended(db, since_us, until_us))
 
     async def refused(self, stream: str) -> int:
         """How much a stream could not hand on."""
@@ -259,6 +249,14 @@ class Archive:
         if self._db is not None:
             self._db.close()
             self._db = None
+
+
+def _ended(db: sqlite3.Connection, since_us: int, until_us: int) -> int:
+    [(count,)] = db.execute(
+        "SELECT coalesce(sum(requests), 0) FROM ended WHERE moment BETWEEN ? AND ?",
+        (since_us // MOMENT_US, until_us // MOMENT_US),
+    )
+    return int(count)
 
 
 def _only(refused_of: str | None) -> str:

@@ -17,11 +17,10 @@ from gateway.telemetry import Logger
 from limits.audit_reader import read_after
 from limits.connection import Connection
 from usage.metrics import LedgerMetrics
-from usage.spool import Changes
+from usage.spool import AUDIT_MARK, Changes
 from usage.writer import Writer
 
 POLL_S: Final = 0.5
-MARK: Final = "audit_stream"
 EVENTS_MAX: Final = 500
 UNKNOWN_PER_MINUTE: Final = 600
 """Denials of callers that nobody knows that are kept of each minute."""
@@ -65,7 +64,7 @@ class Unknown:
 
 async def follow_audit(connection: Connection, writer: Writer, *, metrics: LedgerMetrics, log: Logger) -> None:
     """Copy every event once, until cancelled. The stream keeps AUDIT_EVENTS_MAX for a ledger that is away."""
-    after = str(await writer.mark(MARK, "0-0"))
+    after = str(await writer.mark(AUDIT_MARK, "0-0"))
     unknown = Unknown(metrics=metrics, log=log, clock_s=asyncio.get_running_loop().time)
     while True:
         try:
@@ -79,7 +78,7 @@ async def follow_audit(connection: Connection, writer: Writer, *, metrics: Ledge
         if page.last:
             after = page.last
             kept = [event for event in page.events if unknown.keeps(event)]
-            await writer.write(Changes(events=kept, marks={MARK: after}))
+            await writer.write(Changes(events=kept, marks={AUDIT_MARK: after}))
         unknown.tell()
         if page.count < EVENTS_MAX:
             await asyncio.sleep(POLL_S)

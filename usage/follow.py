@@ -19,6 +19,7 @@ from usage.writer import Writer
 
 POLL_S: Final = 0.2
 REOPEN_TIMEOUT_S: Final = 2.0
+BEHIND_BYTES: Final = 1024 * 1024
 UNWRITTEN_MAX: Final = 8
 """Parts of the journal that are read on while earlier ones are being written: the disk takes as long as the rest."""
 
@@ -66,7 +67,10 @@ class JournalFollower:
 
     async def _step(self) -> bool:
         """Whether there may be more."""
-        self._metrics.journal_unread_bytes.set(self._journal.unread_bytes)
+        unread_bytes = self._journal.unread_bytes
+        self._metrics.journal_unread_bytes.set(unread_bytes)
+        if unread_bytes > BEHIND_BYTES:
+            self.caught_up.clear()
         lines = self._journal.read()
         if lines:
             self._unwritten.append(await self._intake.take_journal(lines, self._journal.position.written()))

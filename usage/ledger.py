@@ -145,10 +145,11 @@ class Ledger:
             self.writer,
             http,
             settings.envoy_admin_address,
-            caught_up=self.follower.caught_up.is_set,
+            caught_up=lambda: self.follower.caught_up.is_set() and self.writer.writable,
             metrics=metrics,
             log=log,
             clock_s=time.time,
+            monotonic_s=time.monotonic,
         )
 
     def tasks(self) -> list[Coroutine[Any, Any, None]]:
@@ -270,11 +271,13 @@ class Ledger:
         while not await asyncio.to_thread(self._spool.is_gone):  # noqa: ASYNC110 - a file tells of nothing
             await asyncio.sleep(SPOOL_WATCH_S)
         self._log.error("spool_gone", path=str(self._spool.path), meaning="it is written anew from what is still open")
-        try:
-            await self.writer.call(partial(keep_copy, self._spool))
-        except OSError as error:
-            self._log.error("spool_not_kept", error=str(error), meaning="what is in the journal is taken again")
-        self.damaged.set()
+        while not self.damaged.is_set():
+            try:
+                await self.writer.call(partial(keep_copy, self._spool))
+                self.damaged.set()
+            except OSError as error:
+                self._log.warning("spool_not_kept", error=str(error), meaning=f"tried again in {REOPEN_S:.0f} s")
+                await asyncio.sleep(REOPEN_S)
 
     def _found_damaged(self, error: sqlite3.Error) -> None:
         if not self.damaged.is_set():
@@ -318,7 +321,7 @@ async def run(settings: UsageSettings, stop: asyncio.Event, *, log: Logger) -> N
         opened: Opened | None
         try:
             opened = await _open(settings, log)
-        except sqlite3.OperationalError as error:
+        except (OSError, sqlite3.OperationalError) as error:
             raise SettingsError(f"STATE_DIR: {settings.state_path / SPOOL_FILE}: {error}") from error
         while opened is not None and not await _serve(settings, opened, stop, log=log):
             opened = await _opened_again(settings, stop, log)
@@ -350,7 +353,7 @@ async def _opened_again(settings: UsageSettings, stop: asyncio.Event, log: Logge
     while not stop.is_set():
         try:
             return await _open(settings, log)
-        except sqlite3.OperationalError as error:
+        except (OSError, sqlite3.Error) as error:
             log.warning("spool_not_opened", error=str(error), meaning=f"tried again in {REOPEN_S:.0f} s")
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(REOPEN_S):
@@ -386,8 +389,10 @@ async def _serve(settings: UsageSettings, opened: Opened, stop: asyncio.Event, *
                 log.info("ledger_serving", spool=str(opened.spool.path), metrics_port=settings.usage_metrics_port)
                 await _first_of(stop, ledger.damaged)
                 log.info("stopping")
-                await server.stop(STREAM_GRACE_S)
-                if not ledger.damaged.is_set():
+                if ledger.damaged.is_set():  # what is written from now on would be lost
+                    await server.stop(0)
+                else:
+                    await server.stop(STREAM_GRACE_S)
                     await ledger.drain(DRAIN_S)
                 for task in running:
                     task.cancel()

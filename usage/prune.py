@@ -13,6 +13,8 @@ from usage.spool import Spool
 from usage.writer import Writer
 
 INTERVAL_S: Final = 60.0
+ENDED_KEPT_S: Final = 86_400
+"""When requests ended is asked for every few seconds, and not at all while Envoy's admin interface is away."""
 PAUSE_S: Final = 0.05
 """Between two deletions, for those who write."""
 
@@ -33,6 +35,7 @@ async def prune_every(
         while some := await writer.call(partial(spool.prune, before_us=int(before_s * MICRO))):
             removed += some
             await asyncio.sleep(PAUSE_S)
+        await writer.call(partial(spool.prune_ended, before_us=int((clock_s() - ENDED_KEPT_S) * MICRO)))
         try:
             await prune_files(before_s)
         except OSError as error:  # they are looked for again

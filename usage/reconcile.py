@@ -23,7 +23,7 @@ from gateway.telemetry import Logger
 from usage.archive import Archive
 from usage.metrics import LedgerMetrics
 from usage.record import MICRO
-from usage.spool import MOMENT_US, Spool
+from usage.spool import Spool
 from usage.writer import Writer
 
 INTERVAL_S: Final = 5.0
@@ -34,16 +34,21 @@ WORST_OF_S: Final = 60.0
 """What ends while Envoy answers hides as much that is missing, so the worst of some comparisons counts."""
 KEPT_S: Final = 120.0
 """So long it is known when requests ended; older ones are only counted."""
+CLOCK_STEP_S: Final = 1.0
 _TOTAL: Final = f"http.{names.LISTENER_PUBLIC}.downstream_rq_total"
 _RUNNING: Final = f"http.{names.LISTENER_PUBLIC}.downstream_rq_active"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EnvoyCount:
-    """Requests that an Envoy has seen the end of since its start, and those that run; ``at_us`` is when it said so."""
+    """Requests that an Envoy has seen the end of since its start, and those that run.
+
+    It said so at ``at_us`` in unix microseconds and ``at_s`` of a clock that nobody sets.
+    """
 
     started_us: int
     at_us: int
+    at_s: float
     ended: int
     running: int = 0
 
@@ -63,8 +68,9 @@ class Reconciliation:
         metrics: LedgerMetrics,
         log: Logger,
         clock_s: Callable[[], float],
+        monotonic_s: Callable[[], float],
     ) -> None:
-        """``caught_up``: everything has been read that Envoy's journal has."""
+        """``caught_up``: what Envoy's journal has was read, and can be written."""
         self._spool = spool
         self._archive = archive
         self._writer = writer
@@ -74,6 +80,7 @@ class Reconciliation:
         self._metrics = metrics
         self._log = log
         self._clock_s = clock_s
+        self._monotonic_s = monotonic_s
         self._one = asyncio.Lock()
         self._counts: deque[EnvoyCount] = deque()
         self._missing: deque[tuple[EnvoyCount, int]] = deque()
@@ -107,35 +114,37 @@ class Reconciliation:
         return count, known
 
     async def _take(self, count: EnvoyCount) -> None:
-        if self._counts and self._counts[-1].started_us != count.started_us:
+        last = self._counts[-1] if self._counts else None
+        if last is not None and last.started_us != count.started_us:
             self._counts.clear()
             self._missing.clear()
+        elif last is not None and abs((count.at_us - last.at_us) / MICRO - (count.at_s - last.at_s)) > CLOCK_STEP_S:
+            self._log.warning("clock_was_set", meaning="requests are counted anew")
+            self._counts.clear()
+            self._missing.clear()
+            await self._writer.call(self._spool.forget_ended)
         self._counts.append(count)
         if self._caught_up():
-            while self._counts[0].at_us <= count.at_us - LAG_S * MICRO:
+            while self._counts[0].at_s <= count.at_s - LAG_S:
                 await self._look_back(self._counts.popleft())
             self._tell(count)
 
     async def _look_back(self, count: EnvoyCount) -> None:
         """What is missing by now of the requests that had ended then."""
-        known = await self._archive.known(count.started_us, until_us=count.at_us)
+        started_us, at_us = count.started_us, count.at_us
+        known = await self._archive.known(started_us, until_us=at_us)
         if known is None:
             # Nothing was compared before, or the spool was lost: whatever was missing then nobody can tell any more.
-            since_start = await self._archive.ended(since_us=count.started_us, until_us=count.at_us)
-            await self._fold(count, before_us=count.started_us, known=count.ended - since_start)
             known = count.ended
+            begin = partial(self._spool.begin_ended, started_us, until_us=at_us, known=known)
+            await self._writer.call(begin)
         self._missing.append((count, max(0, count.ended - known)))
-        before_us = (count.at_us - int(KEPT_S * MICRO)) // MOMENT_US * MOMENT_US
-        if before_us > count.started_us:
-            known_before = await self._archive.known(count.started_us, until_us=before_us - 1)
-            await self._fold(count, before_us=before_us, known=known_before or 0)
-
-    async def _fold(self, count: EnvoyCount, *, before_us: int, known: int) -> None:
-        fold = partial(self._spool.fold_ended, count.started_us, before_us=before_us, known=known)
-        await self._writer.call(fold)
+        before_us = at_us - int(KEPT_S * MICRO)
+        if before_us > started_us:
+            await self._writer.call(partial(self._spool.fold_ended, started_us, before_us=before_us))
 
     def _tell(self, count: EnvoyCount) -> None:
-        while self._missing and self._missing[0][0].at_us < count.at_us - (LAG_S + WORST_OF_S) * MICRO:
+        while self._missing and self._missing[0][0].at_s < count.at_s - LAG_S - WORST_OF_S:
             self._missing.popleft()
         if not self._missing:
             return
@@ -151,17 +160,20 @@ class Reconciliation:
             dump = await self._http.get(f"{base}/config_dump", params={"mask": "last_updated"}, timeout=TIMEOUT_S)
             # The bootstrap is read once, at the start.
             [started] = {config["last_updated"] for config in dump.json()["configs"] if "Bootstrap" in config["@type"]}
-            query = {"format": "json", "filter": f"^({_TOTAL}|{_RUNNING})$"}
-            stats = await self._http.get(f"{base}/stats", params=query, timeout=TIMEOUT_S)
-            at_us = round(self._clock_s() * MICRO)  # whatever it has counted ended before
-            found = {stat["name"]: int(stat["value"]) for stat in stats.json()["stats"] if "name" in stat}
+            # In this order: what begins between the two does not look as if it had ended.
+            total, running = [await self._stat(name) for name in (_TOTAL, _RUNNING)]
             started_us = round(datetime.fromisoformat(started).timestamp() * MICRO)
-        except (httpx.HTTPError, ValueError, KeyError, TypeError):
+        except (httpx.HTTPError, ValueError, KeyError, TypeError, AttributeError):
             return None
-        running = found.get(_RUNNING, 0)
         return EnvoyCount(
             started_us=started_us,
-            at_us=at_us,
-            ended=found.get(_TOTAL, 0) - running,
+            at_us=round(self._clock_s() * MICRO),  # whatever it has counted ended before
+            at_s=self._monotonic_s(),
+            ended=total - running,
             running=running,
         )
+
+    async def _stat(self, name: str) -> int:
+        query = {"format": "json", "filter": f"^{name}$"}
+        answer = await self._http.get(f"http://{self._envoy_admin}/stats", params=query, timeout=TIMEOUT_S)
+        return next((int(stat["value"]) for stat in answer.json()["stats"] if stat.get("name") == name), 0)

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import errno
+import shutil
 import sqlite3
 import struct
 import time
+from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 from gateway.telemetry import Logger
 from usage.schema import TABLES
 from usage.spool import (
     ALLOWED_MARK,
+    AUDIT_MARK,
     ENDED_MARK,
     EVENTS_MARK,
     JOURNAL_MARK,
@@ -31,6 +35,8 @@ TAKEN_OVER: Final = ".taken-over"
 """Suffix of a new spool that has all that can be had, and only has to be put in the old one's place."""
 RECOVERING: Final = Changes(marks={RECOVERING_MARK: 1})
 _PARTS: Final = ("", "-wal", "-shm")
+RESERVE_BYTES: Final = 4 * 1024 * 1024
+"""Left free when a spool is made whole: what Envoy's journal takes meanwhile."""
 _HEADER_BYTES: Final = 32
 _FRAME_HEADER_BYTES: Final = 24
 _PAGE_BYTES: Final = 4096
@@ -52,7 +58,8 @@ def open_spool(path: Path, *, journal: Path, log: Logger) -> Opened:
     A spool that is not there while Envoy has written a journal has been lost, as far as anybody can tell.
 
     Raises:
-        sqlite3.OperationalError: the directory cannot be written, or is full.
+        sqlite3.OperationalError: the directory cannot be written.
+        OSError: that, or there is no room to make the spool whole.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     spool = _opened(path, journal, log)
@@ -62,7 +69,7 @@ def open_spool(path: Path, *, journal: Path, log: Logger) -> Opened:
 def _opened(path: Path, journal: Path, log: Logger) -> Spool:
     if _beside(path, TAKEN_OVER).exists():  # a start before this one did not come to its end
         return _put_in_place(path, log)
-    if not _bytes_of(path) and _bytes_of(journal):
+    if not _bytes_of(path) and (_bytes_of(journal) or _bytes_of(_beside(journal, ".old"))):
         log.warning("spool_missing", path=str(path), meaning="everything in the journal is taken again")
         return _replaced(path, log)
     if _beside(path, MARKER).exists():
@@ -85,11 +92,16 @@ def keep_copy(spool: Spool) -> None:
     """Have the next start begin with what an open spool has whose file was removed.
 
     Raises:
-        sqlite3.Error: it cannot be read, or there is no room.
+        sqlite3.Error: it cannot be read.
+        OSError: there is no room.
     """
-    making = _made_room(spool.path)
+    making = _made_room(spool.path, spool.size_bytes)
     spool.write(RECOVERING)
-    spool.copy_to(making)
+    try:
+        spool.copy_to(making)
+    except BaseException:
+        _clear(making)  # Envoy needs the room for its journal
+        raise
     making.rename(_beside(spool.path, TAKEN_OVER))
 
 
@@ -122,27 +134,48 @@ def _sound(path: Path) -> tuple[Spool, int]:
 
 def _replaced(path: Path, log: Logger) -> Spool:
     """Take over what can be read into a new file. Killed at any moment, the next start has it to do, or has it done."""
-    making = _made_room(path)
-    fresh = Spool(making)
+    making = _made_room(path, _bytes_of(path) + _bytes_of(_beside(path, "-wal")))
     try:
-        fresh.write(RECOVERING)
+        with closing(Spool(making)) as fresh:
+            fresh.write(RECOVERING)
+        with closing(sqlite3.connect(making, isolation_level=None)) as db:
+            db.execute("PRAGMA journal_mode = DELETE")  # with a log it would need twice the room, and not be one file
         if _bytes_of(path):
-            log.warning("spool_taken_over", path=str(path), rows=take_over(making, path))
-    except sqlite3.OperationalError:
-        raise  # there is no room, say: nothing is given up for that
-    except sqlite3.DatabaseError:
-        log.exception("spool_unreadable", path=str(path))
-    finally:
-        fresh.close()
+            _take_what_can_be_read(making, path, log)
+    except BaseException:
+        _clear(making)
+        raise
     making.rename(_beside(path, TAKEN_OVER))
     return _put_in_place(path, log)
 
 
-def _made_room(path: Path) -> Path:
+def _take_what_can_be_read(making: Path, path: Path, log: Logger) -> None:
+    try:
+        log.warning("spool_taken_over", path=str(path), rows=take_over(making, path))
+    except sqlite3.OperationalError:
+        raise  # there is no room, say: nothing is given up for that
+    except sqlite3.DatabaseError:
+        log.exception("spool_unreadable", path=str(path))
+
+
+def _made_room(path: Path, needed_bytes: int) -> Path:
+    """Where a new spool is made, with nothing there.
+
+    Raises:
+        OSError: there is no room for so much.
+    """
     making = _beside(path, ".making")
-    for suffix in _PARTS:
-        _beside(making, suffix).unlink(missing_ok=True)
+    _clear(making)
+    free_bytes = shutil.disk_usage(path.parent).free
+    if free_bytes < needed_bytes + RESERVE_BYTES:
+        needed = f"{needed_bytes + RESERVE_BYTES:,} bytes are needed to make it whole, {free_bytes:,} are free"
+        raise OSError(errno.ENOSPC, needed, str(path))
     return making
+
+
+def _clear(making: Path) -> None:
+    for suffix in (*_PARTS, "-journal"):
+        _beside(making, suffix).unlink(missing_ok=True)
 
 
 def _put_in_place(path: Path, log: Logger) -> Spool:
@@ -166,13 +199,18 @@ def take_over(path: Path, damaged: Path) -> int:
         closing(sqlite3.connect(path, isolation_level=None)) as fresh,
         closing(sqlite3.connect(uri, uri=True, isolation_level=None)) as other,
     ):
+        other.text_factory = lambda text: text.decode(errors="replace")
         fresh.execute("BEGIN IMMEDIATE")
         # From both ends up to the damage.
         copied = sum(
             _copy(other, fresh, table, f"{key} {order}") for table, key in TABLES.items() for order in ("ASC", "DESC")
         )
-        # Of what Envoy has counted nobody knows any more how much was known.
-        fresh.execute("DELETE FROM marks WHERE name IN (?, ?)", (JOURNAL_MARK, ENDED_MARK))
+        # Journal and audit trail are read again; of what Envoy has counted nobody knows any more how much was known.
+        fresh.execute("DELETE FROM marks WHERE name IN (?, ?, ?)", (JOURNAL_MARK, AUDIT_MARK, ENDED_MARK))
+        fresh.execute(
+            "DELETE FROM refused WHERE stream <> ? AND place NOT IN (SELECT seq FROM requests)", (EVENTS_MARK,)
+        )
+        fresh.execute("DELETE FROM refused WHERE stream = ? AND place NOT IN (SELECT seq FROM events)", (EVENTS_MARK,))
         _begin_after(fresh, "requests", RECORDS_MARK, ALLOWED_MARK)
         _begin_after(fresh, "events", EVENTS_MARK)
         fresh.execute("COMMIT")
@@ -181,16 +219,20 @@ def take_over(path: Path, damaged: Path) -> int:
 
 def _copy(other: sqlite3.Connection, fresh: sqlite3.Connection, table: str, order: str) -> int:
     copied = 0
-    try:
-        for row in other.execute(f"SELECT * FROM {table} ORDER BY {order}"):  # noqa: S608 - names of ours
-            marks = ", ".join("?" * len(row))
-            added = fresh.execute(f"INSERT OR IGNORE INTO {table} VALUES ({marks})", row).rowcount  # noqa: S608
-            if not added:
-                break  # the other end has come as far as this
-            copied += 1
-    except sqlite3.DatabaseError:
-        return copied
+    for row in _readable(other, f"SELECT * FROM {table} ORDER BY {order}"):  # noqa: S608 - names of ours
+        marks = ", ".join("?" * len(row))
+        if not fresh.execute(f"INSERT OR IGNORE INTO {table} VALUES ({marks})", row).rowcount:  # noqa: S608
+            break  # the other end has come as far as this
+        copied += 1
     return copied
+
+
+def _readable(db: sqlite3.Connection, query: str) -> Iterator[tuple[Any, ...]]:
+    """Rows up to the damage."""
+    try:
+        yield from db.execute(query)
+    except sqlite3.DatabaseError:
+        return
 
 
 def _begin_after(fresh: sqlite3.Connection, table: str, *marks: str) -> None:

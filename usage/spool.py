@@ -10,8 +10,8 @@ import json
 import os
 import sqlite3
 from collections import Counter
-from collections.abc import Iterable, Sequence
-from contextlib import closing
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Final, Literal
@@ -29,7 +29,10 @@ started_us, record, told, settlement, tried_s, settled) VALUES (?, ?, ?, ?, ?, ?
 JOURNAL_MARK: Final = "journal"
 """Mark of how far the journal has been read."""
 ENDED_MARK: Final = "ended_before"
-"""Start of an Envoy in unix microseconds, and how many of its requests are known that are not in the table any more."""
+"""Start of an Envoy, the moment from which its requests are in the table, both in unix microseconds, and how many are
+known that are not in it any more."""
+AUDIT_MARK: Final = "audit_stream"
+"""Mark of how far the audit trail has been read."""
 RECORDS_MARK: Final = "records_delivered"
 ALLOWED_MARK: Final = "allowed_delivered"
 EVENTS_MARK: Final = "events_delivered"
@@ -42,6 +45,10 @@ RECOVERING_MARK: Final = "recovering"
 """1 from when the spool was found to have lost something until the journal has been read to its end."""
 POLICY_MARK: Final = "policy"
 """Digest of the policy in force."""
+_REFUSE: Final = f"""INSERT OR REPLACE INTO refused SELECT :stream, :place, :reason
+WHERE EXISTS (SELECT 1 FROM requests WHERE seq = :place AND :stream <> '{EVENTS_MARK}')
+OR EXISTS (SELECT 1 FROM events WHERE seq = :place AND :stream = '{EVENTS_MARK}')"""  # noqa: S608 - names of ours
+"""What has been replaced meanwhile is not refused any more."""
 _PRUNE_REQUESTS: Final = """DELETE FROM requests WHERE seq IN (
 SELECT seq FROM requests INDEXED BY requests_started WHERE started_us < ? AND +seq <= ? AND settled = 1
 AND seq NOT IN (SELECT place FROM refused WHERE stream IN (?, ?)) LIMIT ?)"""
@@ -158,17 +165,23 @@ class Spool:
 
     def write(self, changes: Changes) -> list[Entry]:
         """Write everything, or nothing; which entries were not there before."""
-        self._db.execute("BEGIN IMMEDIATE")
-        try:
+        with self._together():
             fresh = [put for entry in changes.entries if (put := self._put(entry)) is not None]
             self._put_others(changes)
             self._count(fresh, changes.anonymous)
+        return fresh
+
+    @contextmanager
+    def _together(self) -> Iterator[None]:
+        """Everything or nothing."""
+        self._db.execute("BEGIN IMMEDIATE")
+        try:
+            yield
             self._db.execute("COMMIT")
         except BaseException:
             if self._db.in_transaction:
                 self._db.execute("ROLLBACK")
             raise
-        return fresh
 
     def _put(self, entry: Entry) -> Entry | None:
         """The entry as it is written; None where one is there already that stands."""
@@ -227,7 +240,7 @@ class Spool:
         self._db.executemany("INSERT OR IGNORE INTO policies VALUES (?, ?)", changes.policies)
         self._db.executemany("DELETE FROM refused WHERE stream = ? AND place = ?", changes.offered_again)
         self._db.executemany(
-            "INSERT OR REPLACE INTO refused VALUES (?, ?, ?)", ((r.stream, r.place, r.reason) for r in changes.refused)
+            _REFUSE, ({"stream": r.stream, "place": r.place, "reason": r.reason} for r in changes.refused)
         )
 
     def _count(self, fresh: Sequence[Entry], anonymous: Sequence[int]) -> None:
@@ -249,14 +262,52 @@ class Spool:
             ((name, more) for name, more in counts if more),
         )
 
-    def fold_ended(self, started_us: int, *, before_us: int, known: int) -> None:
-        """Remove what was counted before a moment; of the Envoy that runs since ``started_us`` so many were known."""
-        with self._db:
-            self._db.execute("BEGIN IMMEDIATE")
-            self._db.execute("DELETE FROM ended WHERE moment < ?", (before_us // MOMENT_US,))
-            self._db.execute(
-                "INSERT OR REPLACE INTO marks VALUES (?, ?)", (ENDED_MARK, json.dumps((started_us, known)))
+    def fold_ended(self, started_us: int, *, before_us: int) -> None:
+        """Add up what ended before a moment, of the Envoy that runs since ``started_us``, and remove it."""
+        with self._together():
+            since_us, known = self._known_before(started_us)
+            [(more,)] = self._db.execute(
+                "SELECT coalesce(sum(requests), 0) FROM ended WHERE moment >= ? AND moment < ?",
+                (since_us // MOMENT_US, before_us // MOMENT_US),
             )
+            self._db.execute("DELETE FROM ended WHERE moment < ?", (before_us // MOMENT_US,))
+            self._mark_ended(started_us, since_us, known + more)
+
+    def begin_ended(self, started_us: int, *, until_us: int, known: int) -> None:
+        """Take it that of that Envoy so many requests are known that had ended by then; only later ones are counted."""
+        with self._together():
+            self._db.execute("DELETE FROM ended WHERE moment <= ?", (until_us // MOMENT_US,))
+            self._mark_ended(started_us, min(started_us, until_us), known)
+
+    def forget_ended(self) -> None:
+        """Count anew: moments do not mean any more what they meant."""
+        with self._together():
+            self._db.execute("DELETE FROM ended")
+            self._db.execute("DELETE FROM marks WHERE name = ?", (ENDED_MARK,))
+
+    def prune_ended(self, *, before_us: int) -> None:
+        """Nobody asks for it, as Envoy does not say what it has counted."""
+        with self._together():
+            if self._db.execute("DELETE FROM ended WHERE moment < ?", (before_us // MOMENT_US,)).rowcount:
+                self._db.execute("DELETE FROM marks WHERE name = ?", (ENDED_MARK,))
+
+    def _known_before(self, started_us: int) -> tuple[int, int]:
+        value = self.mark(ENDED_MARK, None)
+        if value is not None:
+            of_us, since_us, known = json.loads(value)
+            if of_us == started_us:
+                return since_us, known
+        return started_us, 0
+
+    def _mark_ended(self, started_us: int, since_us: int, known: int) -> None:
+        value = json.dumps((started_us, since_us, known))
+        self._db.execute("INSERT OR REPLACE INTO marks VALUES (?, ?)", (ENDED_MARK, value))
+
+    @property
+    def size_bytes(self) -> int:
+        """What a copy of it takes."""
+        [(pages,)], [(page_bytes,)] = (self._db.execute(f"PRAGMA {name}") for name in ("page_count", "page_size"))
+        return int(pages * page_bytes)
 
     def is_gone(self) -> bool:
         """Whether another file is in its place, or none: what is written to this one is lost once it is closed."""
@@ -264,6 +315,8 @@ class Spool:
             return not os.path.samestat(self.path.stat(), self._stat)
         except FileNotFoundError:
             return True
+        except OSError:  # then nobody can tell
+            return False
 
     def copy_to(self, path: Path) -> None:
         """Write everything that is in it to another file."""

@@ -15,7 +15,7 @@ _SUMS: Final = """
 SELECT organization_id, json_extract(record, '$.model'), count(*),
   sum(json_extract(record, '$.tokens_input')), sum(json_extract(record, '$.tokens_output')),
   sum(json_extract(record, '$.cost_micro_usd'))
-FROM requests INDEXED BY requests_started WHERE started_us > :after AND started_us <= :to AND record IS NOT NULL
+FROM requests INDEXED BY requests_started WHERE started_us > :after AND started_us <= :to AND json_valid(record)
   AND (:of IS NULL OR organization_id = :of)
 GROUP BY 1, 2
 """

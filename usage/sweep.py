@@ -68,6 +68,7 @@ async def sweep_every(
             swept = await sweep(store, writer, metrics=metrics)
         except StoreUnavailable as error:
             log.warning("sweep_given_up", error=str(error))
+            settle()  # what it came to
             continue
         if swept:
             settle()

@@ -8,6 +8,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from functools import partial
 from typing import Any, Final, TypeVar
 
@@ -156,8 +157,9 @@ class Writer:
         try:
             return await self.call(partial(self._spool.write, together))
         except Exception as error:  # noqa: BLE001 - our bug or a stranger's value, and no reason to lose the others
-            if len(parts) > 1:
-                return [entry for part in parts for entry in await self._write(part[0], [part])]
+            smaller = [part for part, _ in parts] if len(parts) > 1 else _pieces(together)
+            if len(smaller) > 1:
+                return [entry for piece in smaller for entry in await self._write(piece, [(piece, None)])]
             self._metrics.malformed.inc()
             self._log.exception("not_written", error=str(error), requests=[one.request_id for one in together.entries])
             return []
@@ -189,3 +191,10 @@ class Writer:
             self._room.clear()
         else:
             self._room.set()
+
+
+def _pieces(of: Changes) -> list[Changes]:
+    """The same changes, each entry and event by itself."""
+    pieces = [Changes(entries=[entry]) for entry in of.entries] + [Changes(events=[event]) for event in of.events]
+    rest = replace(of, entries=[], events=[])
+    return pieces if rest == Changes() else [*pieces, rest]

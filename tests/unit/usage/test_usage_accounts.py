@@ -77,7 +77,7 @@ class FakeReconciliation:
     unaccounted: int | None = 0
 
     async def compare(self) -> tuple[EnvoyCount, int] | None:
-        return EnvoyCount(started_us=1, at_us=2, ended=5, running=1), 4
+        return EnvoyCount(started_us=1, at_us=2, at_s=2.0, ended=5, running=1), 4
 
 
 @pytest.fixture

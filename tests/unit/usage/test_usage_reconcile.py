@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -34,6 +34,8 @@ class Envoy:
         self.total: int | None = 0
         self.running = 0
         self.broken: dict[str, Any] = {}
+        self.between: Callable[[], None] = lambda: None
+        """Happens between its two answers."""
 
     def __call__(self, request: httpx.Request) -> httpx.Response:
         if request.url.path in self.broken:
@@ -43,9 +45,12 @@ class Envoy:
             started = datetime.fromtimestamp(self.started_s, UTC).strftime("%Y-%m-%dT%H:%M:%S.%f")[:-3] + "Z"
             bootstrap = {"@type": "type.googleapis.com/envoy.admin.v3.BootstrapConfigDump", "last_updated": started}
             return httpx.Response(200, json={"configs": [{"@type": "x/ClustersConfigDump"}, bootstrap]})
+        asked = request.url.params["filter"].strip("^$")
         stats: list[dict[str, Any]] = [{"histograms": {}}]
         if self.total is not None:
-            stats += [{"name": TOTAL, "value": self.total}, {"name": RUNNING, "value": self.running}]
+            stats.append({"name": asked, "value": {TOTAL: self.total, RUNNING: self.running}[asked]})
+        if asked == TOTAL:
+            self.between()
         return httpx.Response(200, json={"stats": stats})
 
 
@@ -55,6 +60,7 @@ class Ledger:
     def __init__(self, directory: Path) -> None:
         self.envoy = Envoy()
         self.now_s = START_S + 10
+        self.set_by_s = 0.0
         self.is_caught_up = True
         self.counted = metrics()
         self.spool = a_spool(directory)
@@ -75,7 +81,8 @@ class Ledger:
             caught_up=lambda: self.is_caught_up,
             metrics=self.counted,
             log=get_logger(),
-            clock_s=lambda: self.now_s,
+            clock_s=lambda: self.now_s + self.set_by_s,
+            monotonic_s=lambda: self.now_s,
         )
 
     @property
@@ -86,7 +93,7 @@ class Ledger:
         """So many requests end now, and are told of."""
         self.envoy.total = (self.envoy.total or 0) + count
         if told:
-            self.tell(*[self.now_s] * count)
+            self.tell(*[self.now_s + self.set_by_s] * count)
 
     def tell(self, *ended_s: float) -> None:
         ended_us = [round(at * MICRO) for at in ended_s]
@@ -219,6 +226,48 @@ async def test_what_was_counted_is_folded_and_stays_known(ledger: Ledger) -> Non
     ledger.tell(ledger.now_s - 400)  # later than any journal
     ledger.envoy.total = total + 1
     assert await ledger.settled() == 0
+
+
+async def test_what_begins_while_envoy_answers_has_not_ended(ledger: Ledger) -> None:
+    await after_the_first(ledger)
+
+    def begin() -> None:
+        ledger.envoy.total = (ledger.envoy.total or 0) + 1
+        ledger.envoy.running += 1
+
+    ledger.envoy.between = begin
+    for _ in range(5):
+        assert await ledger.settled() == 0
+
+
+@pytest.mark.parametrize("step_s", [-3600.0, -30.0, -5.0, 5.0, 3600.0])
+async def test_clock_that_is_set_begins_the_counts_anew(ledger: Ledger, step_s: float) -> None:
+    await after_the_first(ledger)
+    ledger.end(5)
+    await ledger.compare()
+    ledger.set_by_s = step_s
+    await ledger.compare(after_s=1)
+    await ledger.compare(after_s=LAG_S)
+    ledger.now_s += 1
+    ledger.end(5)
+    assert await ledger.compare() == (10, 10)
+    ledger.end(1, told=False)
+    assert await ledger.settled() == 1
+    assert await ledger.compare() == (11, 10)
+
+
+async def test_what_is_written_while_others_are_folded_is_known(ledger: Ledger) -> None:
+    await after_the_first(ledger)
+    writing = asyncio.create_task(ledger.writer.run())
+    long_ago_s, told = ledger.now_s, 0
+    ledger.now_s += 10 * KEPT_S
+    for number in range(20):
+        changes = Changes(entries=[an_entry(f"late-{number}", ended_us=round(long_ago_s * MICRO))])
+        told += 1
+        await asyncio.gather(ledger.writer.write(changes), ledger.compare(after_s=LAG_S))
+    assert await ledger.compare() == (0, told)
+    writing.cancel()
+    await asyncio.wait([writing])
 
 
 async def test_after_the_spool_was_lost_counts_begin_anew(ledger: Ledger) -> None:

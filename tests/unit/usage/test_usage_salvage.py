@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
+import os
 import random
 import sqlite3
+import subprocess
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +31,7 @@ from usage.spool import (
     RECORDS_MARK,
     RECOVERING_MARK,
     Changes,
+    Refusal,
     Spool,
 )
 from usage.writer import Writer
@@ -335,8 +339,49 @@ def test_spool_stays_where_it_is_while_there_is_no_room_to_take_it_over(
         patch.setattr("usage.salvage.take_over", full)
         with pytest.raises(sqlite3.OperationalError, match="full"):
             open_spool(killed.spool, journal=killed.journal, log=LOG)
-    assert not list(killed.spool.parent.glob("usage.db.damaged*"))
+    with monkeypatch.context() as patch:
+        patch.setattr("usage.salvage.RESERVE_BYTES", 2**60)
+        with pytest.raises(OSError, match="bytes are needed to make it whole"):
+            open_spool(killed.spool, journal=killed.journal, log=LOG)
+    assert [path.name for path in killed.spool.parent.glob("usage.db.*")] == []  # Envoy needs the room
     assert everything_is_there(killed).damaged
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can mount")
+@pytest.mark.parametrize("mb", range(3, 12))
+def test_disk_that_has_no_room_for_the_new_one_never_costs_the_old_one(tmp_path: Path, mb: int) -> None:
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=40m", "tmpfs", disk], check=False).returncode:
+        pytest.skip("nothing can be mounted here")
+    try:
+        path, count = disk / "usage.db", 1000
+        spool = Spool(path)
+        for start in range(0, count, 100):
+            spool.write(Changes(entries=[an_entry(f"r-{start + n}", told=json.dumps("x" * 3000)) for n in range(100)]))
+        spool.close()
+        mark_damaged(path)
+        room = subprocess.run(["mount", "-o", f"remount,size={mb}m", disk], check=False, stderr=subprocess.DEVNULL)
+        with contextlib.suppress(sqlite3.Error, OSError):
+            open_spool(path, journal=disk / "requests.jsonl", log=LOG).spool.close()
+        assert room.returncode == 0 or mb * 1024 * 1024 < 5_000_000
+        subprocess.run(["mount", "-o", "remount,size=40m", disk], check=True)
+        open_spool(path, journal=disk / "requests.jsonl", log=LOG).spool.close()
+        assert len(request_ids(path)) == count
+    finally:
+        subprocess.run(["umount", disk], check=True)
+
+
+def test_refusal_of_what_is_not_there_any_more_is_forgotten(other: Spool, fresh: Spool) -> None:
+    gone = Refusal(stream=RECORDS_MARK, place=2, reason="NO")
+    other.write(Changes(entries=[an_entry("r-1"), an_entry("r-2")], events=[an_event()]))
+    other.write(Changes(refused=[replace(gone, place=1), gone, Refusal(stream=EVENTS_MARK, place=1, reason="NO")]))
+    with closing(sqlite3.connect(other.path, isolation_level=None)) as db:
+        db.execute("DELETE FROM requests WHERE seq = 2")
+    take_over(fresh.path, other.path)
+    assert sorted(row[:2] for row in rows(fresh.path, "refused")) == [(EVENTS_MARK, 1), (RECORDS_MARK, 1)]
+    fresh.write(Changes(refused=[gone]))
+    assert len(rows(fresh.path, "refused")) == 2
 
 
 # --- Taking over from another file.

@@ -317,5 +317,7 @@ async def test_what_can_never_be_written_does_not_hold_up_the_others(
         spool.may.set()
         await writer.write(Changes())
         assert told.ids == in_file(spool) == ["r-0", "r-1", "r-3"]
+        await writer.write(Changes(entries=[an_entry("r-4"), *wrong.entries], events=[an_event("e-4"), *wrong.events]))
+        assert told.ids == in_file(spool) == ["r-0", "r-1", "r-3", "r-4"]
         assert writer.held == 0
-    assert value(counted.malformed) == 1
+    assert value(counted.malformed) == 1 + bool(wrong.entries or wrong.events)
