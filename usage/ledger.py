@@ -336,11 +336,15 @@ def _alone(path: Path) -> Iterator[None]:
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with path.open("ab") as file:
+        file = path.open("ab")
+    except OSError as error:
+        raise SettingsError(f"STATE_DIR: {path.parent}: {error.strerror}") from error
+    with file:
+        try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            yield
-    except BlockingIOError as error:
-        raise SettingsError(f"STATE_DIR: another ledger uses {path.parent}") from error
+        except BlockingIOError as error:
+            raise SettingsError(f"STATE_DIR: another ledger uses {path.parent}") from error
+        yield
 
 
 async def _open(settings: UsageSettings, log: Logger) -> Opened:
