@@ -65,17 +65,17 @@ async def sweep_every(
         if not may():
             continue
         try:
-            swept = await sweep(store, writer, metrics=metrics)
+            swept = await sweep(store, writer, settle=settle, metrics=metrics)
         except StoreUnavailable as error:
             log.warning("sweep_given_up", error=str(error))
-            settle()  # what it came to
             continue
         if swept:
-            settle()
             log.warning("overdue_closed", requests=swept)
 
 
-async def sweep(store: OpenEntries, writer: Writer, *, metrics: LedgerMetrics) -> int:
+async def sweep(
+    store: OpenEntries, writer: Writer, *, metrics: LedgerMetrics, settle: Callable[[], None] = lambda: None
+) -> int:
     """Write down an estimate of every overdue request, which then is settled as any; how many there were.
 
     One that is written down already has been settled before, and the store has lost that: it is settled again.
@@ -93,7 +93,7 @@ async def sweep(store: OpenEntries, writer: Writer, *, metrics: LedgerMetrics) -
             elif isinstance(request_ids, BaseException):
                 raise request_ids
             else:
-                swept += await _sweep_one(store, writer, organization, request_ids)
+                swept += await _sweep_one(store, writer, organization, request_ids, settle)
     metrics.swept.inc(swept)
     if unavailable is not None:
         raise unavailable
@@ -101,14 +101,20 @@ async def sweep(store: OpenEntries, writer: Writer, *, metrics: LedgerMetrics) -
 
 
 async def _sweep_one(
-    store: OpenEntries, writer: Writer, organization: OrganizationId, request_ids: Sequence[str]
+    store: OpenEntries,
+    writer: Writer,
+    organization: OrganizationId,
+    request_ids: Sequence[str],
+    settle: Callable[[], None],
 ) -> int:
     swept = 0
     for ids in _parts(request_ids):
         kept = await asyncio.gather(*(store.opened(organization, request_id) for request_id in ids))
         estimates = [estimate_of(opened) for opened in kept if opened is not None]
-        await writer.write(Changes(entries=estimates))
-        swept += len(estimates)
+        if estimates:
+            await writer.write(Changes(entries=estimates))
+            settle()
+            swept += len(estimates)
     return swept
 
 
