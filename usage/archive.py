@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import sqlite3
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -12,7 +11,7 @@ from pathlib import Path
 from typing import Any, Final, NamedTuple, TypeVar
 
 from usage.json_text import from_json
-from usage.spool import ENDED_MARK, MOMENT_US, is_damage
+from usage.spool import ENDED_MARK, MOMENT_US, is_damage, known_before
 
 T = TypeVar("T")
 
@@ -140,9 +139,7 @@ class Archive:
             row = db.execute("SELECT value FROM marks WHERE name = ?", (ENDED_MARK,)).fetchone()
             if row is None:
                 return None
-            of_us, since_us, before = json.loads(row[0])
-            if of_us != envoy_started_us:
-                since_us, before = envoy_started_us, 0
+            since_us, before = known_before(row[0], envoy_started_us)
             return int(before + _ended(db, since_us, until_us))
 
         return await self.call(look)

@@ -74,7 +74,7 @@ def _opened(path: Path, journal: Path, log: Logger) -> Spool:
         return _replaced(path, log)
     if _beside(path, MARKER).exists():
         return _replaced(path, log)
-    committed = committed_frames(path.with_name(path.name + "-wal"))
+    committed = committed_frames(_beside(path, "-wal"))
     try:
         spool, frames = _sound(path)
     except sqlite3.OperationalError:

@@ -265,7 +265,7 @@ class Spool:
     def fold_ended(self, started_us: int, *, before_us: int) -> None:
         """Add up what ended before a moment, of the Envoy that runs since ``started_us``, and remove it."""
         with self._together():
-            since_us, known = self._known_before(started_us)
+            since_us, known = known_before(self.mark(ENDED_MARK, None), started_us)
             [(more,)] = self._db.execute(
                 "SELECT coalesce(sum(requests), 0) FROM ended WHERE moment >= ? AND moment < ?",
                 (since_us // MOMENT_US, before_us // MOMENT_US),
@@ -290,14 +290,6 @@ class Spool:
         with self._together():
             if self._db.execute("DELETE FROM ended WHERE moment < ?", (before_us // MOMENT_US,)).rowcount:
                 self._db.execute("DELETE FROM marks WHERE name = ?", (ENDED_MARK,))
-
-    def _known_before(self, started_us: int) -> tuple[int, int]:
-        value = self.mark(ENDED_MARK, None)
-        if value is not None:
-            of_us, since_us, known = json.loads(value)
-            if of_us == started_us:
-                return since_us, known
-        return started_us, 0
 
     def _mark_ended(self, started_us: int, since_us: int, known: int) -> None:
         value = json.dumps((started_us, since_us, known))
@@ -370,6 +362,15 @@ class Spool:
         else:
             removed += self._db.execute(_PRUNE_POLICIES, {"now": self.mark(POLICY_MARK, "")}).rowcount
         return removed
+
+
+def known_before(written: str | None, envoy_started_us: int) -> tuple[int, int]:
+    """From when on requests of an Envoy are in the table, and how many are known besides; of ENDED_MARK's value."""
+    if written is not None:
+        of_us, since_us, known = json.loads(written)
+        if of_us == envoy_started_us:
+            return since_us, known
+    return envoy_started_us, 0
 
 
 def _row(entry: Entry) -> tuple[Any, ...]:
