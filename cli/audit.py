@@ -16,7 +16,7 @@ from cli.event_lines import print_events
 from cli.explain import explain
 from cli.ledger import Ledger, LedgerAway, key_option, ledger, running_ledger, url_option
 from cli.limit_store import json_option, on_store, redis_option
-from cli.shown import moment_s, span_s
+from cli.shown import asked_moment_s
 from gateway.audit import AuditAction, AuditEvent
 from gateway.endpoints import AUDIT_PATH
 from limits.audit_reader import Found, read_events
@@ -76,8 +76,8 @@ def list_(  # noqa: PLR0917 - one parameter an option
         organization_id=organization_id,
         request_id=request_id,
         action=None if action is None else AuditAction(action),
-        since_s=_moment_s("--since", since, now_s=now_s),
-        until_s=_moment_s("--until", until, now_s=now_s),
+        since_s=None if since is None else asked_moment_s("--since", since, now_s=now_s),
+        until_s=None if until is None else asked_moment_s("--until", until, now_s=now_s),
         limit=limit,
     )
     found = _look(wanted, redis) if url is None else _look_through(url, key, wanted)
@@ -142,17 +142,6 @@ def _of_ledger(asked: Ledger, wanted: Wanted) -> Iterator[AuditEvent]:
         cursor = page["next_cursor"]
         if cursor is None:
             return
-
-
-def _moment_s(option: str, text: str | None, *, now_s: float) -> float | None:
-    if text is None:
-        return None
-    span = span_s(text)
-    at = moment_s(text) if span is None else now_s - span
-    if at is None:
-        form = "90s, 30m, 12h, 30d or 8w, or an ISO 8601 time such as 2030-01-31T12:00:00Z"
-        raise click.UsageError(f"{option} is {form}.")
-    return at
 
 
 def event_json(event: AuditEvent) -> dict[str, Any]:

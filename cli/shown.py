@@ -8,6 +8,7 @@ from datetime import UTC, datetime
 from decimal import Decimal
 from typing import Final
 
+import click
 from rich.console import Console
 from rich.table import Table
 
@@ -31,6 +32,20 @@ def moment_s(text: str) -> float | None:
     except ValueError:
         return None
     return (moment if moment.tzinfo else moment.replace(tzinfo=UTC)).timestamp()
+
+
+def asked_moment_s(option: str, text: str, *, now_s: float) -> float:
+    """Unix seconds of what an option says: a time, or how long ago.
+
+    Raises:
+        click.UsageError: it is neither.
+    """
+    span = span_s(text)
+    at = moment_s(text) if span is None else now_s - span
+    if at is None:
+        form = "90s, 30m, 12h, 30d or 8w, or an ISO 8601 time such as 2030-01-31T12:00:00Z"
+        raise click.UsageError(f"{option} is {form}.")
+    return at
 
 
 def iso(at_s: float) -> str:

@@ -14,7 +14,7 @@ from rich.table import Table
 
 from cli.ledger import Ledger, running_ledger
 from cli.limit_store import NAME, json_option
-from cli.shown import MICRO_PER_USD, moment_s, plain, print_table, span_s, usd
+from cli.shown import MICRO_PER_USD, asked_moment_s, plain, print_table, usd
 from usage.operator_app import RECONCILIATION_PATH, SUMS_PATH
 
 SUMS_TIMEOUT_S: Final = 600.0
@@ -83,7 +83,7 @@ def _print_counts(counts: Mapping[str, Any]) -> None:
 @json_option
 def show(organization_id: str | None, since: str | None, as_json: bool) -> None:
     """Sum up usage records by organisation and model: requests, tokens, and what they cost to the micro-dollar."""
-    since_s = None if since is None else _since_s(since)
+    since_s = None if since is None else asked_moment_s("--since", since, now_s=time.time())
     with running_ledger() as ledger:
         sums = ledger.ask(
             SUMS_PATH,
@@ -117,11 +117,3 @@ def _cells(one: Mapping[str, Any]) -> tuple[str, ...]:
     *numbers, cost = (one[name] for name in _FIGURES)
     who = (escape(plain(one[name])) for name in ("organization_id", "model"))
     return (*who, *(f"{number:,}" for number in numbers), usd(cost))
-
-
-def _since_s(text: str) -> float:
-    span = span_s(text)
-    at = moment_s(text) if span is None else time.time() - span
-    if at is None:
-        raise click.UsageError("--since is 90s, 30m, 12h, 30d or 8w, or an ISO 8601 time such as 2030-01-31T12:00:00Z.")
-    return at

@@ -8,7 +8,7 @@ import re
 import signal
 import sqlite3
 from collections.abc import Iterator, Mapping
-from contextlib import closing
+from contextlib import closing, contextmanager
 from itertools import count
 from typing import Any
 
@@ -274,62 +274,59 @@ def test_ledger_that_hangs_holds_up_nothing(frail: Stack) -> None:
     acme.has_spent([answer.json()["usage"] for answer in answers])
 
 
-def test_request_that_outlives_its_deadline_is_charged_what_it_used_in_the_end(frail: Stack) -> None:
-    acme = Organization(frail)
-    for mock in frail.mocks.values():
+class Held:
+    """A stream that does not go on; ``used`` is what it has told in the end."""
+
+    used: Usage
+
+
+@contextmanager
+def a_held_stream(stack: Stack, organization: Organization) -> Iterator[Held]:
+    """A stream that has begun, and is read to its end after the block."""
+    held = Held()
+    for mock in stack.mocks.values():
         mock.fail("hold", events=1)
-    with acme.client() as client, client.stream("POST", CHAT, json=STREAM_WITH_USAGE) as response:
+    with organization.client() as client, client.stream("POST", CHAT, json=STREAM_WITH_USAGE) as response:
         assert response.status_code == 200
         chunks = response.iter_text()
         first = next(chunks)
-        eventually(lambda: acme.open == 0 and acme.spend["spent_micro_usd"], "the sweep has charged what was reserved")
-        for mock in frail.mocks.values():
+        yield held
+        for mock in stack.mocks.values():
+            mock.heal()
             mock.release()
-        used = usage_of_events(first + "".join(chunks))
-    acme.has_spent([used])
+        held.used = usage_of_events(first + "".join(chunks))
+
+
+def test_request_that_outlives_its_deadline_is_charged_what_it_used_in_the_end(frail: Stack) -> None:
+    acme = Organization(frail)
+    with a_held_stream(frail, acme) as held:
+        eventually(lambda: acme.open == 0 and acme.spend["spent_micro_usd"], "the sweep has charged what was reserved")
+    acme.has_spent([held.used])
 
 
 def test_settlement_that_the_store_has_lost_is_made_again(frail: Stack) -> None:
     """A replica that was behind takes over, and what was acknowledged is open again."""
     acme, view = Organization(frail), StoreView(frail)
-    for mock in frail.mocks.values():
-        mock.fail("hold", events=1)
-    with acme.client() as client, client.stream("POST", CHAT, json=STREAM_WITH_USAGE) as response:
-        assert response.status_code == 200
-        chunks = response.iter_text()
-        first = next(chunks)
+    with a_held_stream(frail, acme) as held:
         before = view.save(acme.id)
-        for mock in frail.mocks.values():
-            mock.heal()
-            mock.release()
-        used = usage_of_events(first + "".join(chunks))
-    acme.has_spent([used])
+    acme.has_spent([held.used])
     swept = metric(frail, "swept_total")
     view.lose_since(acme.id, before)
     eventually(lambda: metric(frail, "swept_total") > swept, "the ledger finds it open again")
-    acme.has_spent([used])
+    acme.has_spent([held.used])
     view.close()
 
 
 def test_what_ends_while_the_store_is_down_is_charged_when_it_is_back(frail: Stack) -> None:
     acme = Organization(frail)
     assert frail.valkey is not None
-    for mock in frail.mocks.values():
-        mock.fail("hold", events=1)
-    with acme.client() as client, client.stream("POST", CHAT, json=STREAM_WITH_USAGE) as response:
-        assert response.status_code == 200
-        chunks = response.iter_text()
-        first = next(chunks)
+    with a_held_stream(frail, acme) as held:
         frail.valkey.stop(signal.SIGKILL)  # with everything it knew
-        for mock in frail.mocks.values():
-            mock.heal()
-            mock.release()
-        used = usage_of_events(first + "".join(chunks))
     eventually(lambda: unsettled(frail) == 1, "the ledger holds the settlement")
     assert metric(frail, "limit_store_up") == 0
     frail.valkey.start()
     eventually(lambda: unsettled(frail) == 0, "the store has taken it")
-    acme.has_spent([used])
+    acme.has_spent([held.used])
     assert metric(frail, "dropped_total") == 0
 
 
